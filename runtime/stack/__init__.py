@@ -1,0 +1,1 @@
+"""The embedded stack: Kafka, registry and Redis from locked artifacts, without Docker, root or Java."""
