@@ -1,2 +1,1 @@
-"""Readers and writers of foreign text formats (HL7 v2). Pure functions over bytes; no I/O.
-"""
+"""Readers and writers of foreign text formats (HL7 v2). Pure functions over bytes; no I/O."""
