@@ -1,4 +1,4 @@
-"""Typed events of every topic whose value is Avro; each struct mirrors the ``.avsc`` of the same name (a test compares).
+"""Typed events of every topic whose value is Avro; each struct mirrors the ``.avsc`` of its name (a test compares).
 
 Times are milliseconds since the epoch, UTC. ``phi`` in the Avro schema marks protected health information.
 """

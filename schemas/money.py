@@ -1,6 +1,7 @@
 """Money as integer minor units with its ISO 4217 currency: exact, never a float.
 
-Exponents (0, 2, 3 or 4 digits) come from ``iso4217.csv``, the current codes of ISO 4217 list one that have a minor unit.
+Exponents (0, 2, 3 or 4 digits) come from ``iso4217.csv``: the current codes of ISO 4217 list one that have a minor
+unit.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def read_minor(minor: object, currency: object) -> Money:
 
 
 def read_major(text: object, currency: object) -> Money:
-    """Money from decimal text in major units (``"12.50"``); more digits than the currency has are refused, not rounded."""
+    """Money from decimal text in major units (``"12.50"``); digits the currency does not have are refused."""
     if text is None:
         raise Failure(FailureKind.UNMAPPED, "AMOUNT_MISSING", "amount")
     code, exponent = find_exponent(currency)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 DAY_MS = 86_400_000
+SEVEN_YEARS_MS = 2_555 * DAY_MS
 
 PAYMENTS = "payments"
 SETTLEMENTS = "settlements"
@@ -97,44 +98,144 @@ def name_attempts(target: str) -> str:
 def list_topics(sources: Iterable[str], targets: Iterable[str]) -> tuple[Topic, ...]:
     """All topics of a deployment with these sources (gateways and ``hl7``) and target instances."""
     topics = [
-        Topic(name=PAYMENTS, purpose="Money facts of patients: captures, refunds, disputes.", key="root transaction",
-              schema="money_event", writer="worker", readers="targets, subscribers", retention_ms=2555 * DAY_MS, phi=True),
-        Topic(name=SETTLEMENTS, purpose="Payouts of gateways to facilities.", key="payout",
-              schema="money_event", writer="worker", readers="targets, subscribers", retention_ms=2555 * DAY_MS),
-        Topic(name=PATIENTS, purpose="Patient identifiers and merges, full state.", key="keyed hash of the identifier",
-              schema="patient_record", writer="worker", readers="projector", cleanup="compact", phi=True),
-        Topic(name=FRONTIERS, purpose="Next offset of each group and partition.", key="group, topic id, partition",
-              schema=None, writer="worker, deliverer", readers="worker, deliverer", cleanup="compact", partitions=1),
-        Topic(name=DISPOSITIONS, purpose="Why a raw record has no other output.", key="hop",
-              schema="disposition", writer="worker", readers="account", retention_ms=2555 * DAY_MS),
-        Topic(name=DELIVERIES, purpose="Outcome of each event at each target.", key="event id, target",
-              schema="delivery_outcome", writer="deliverer", readers="account, subscribers", retention_ms=2555 * DAY_MS),
-        Topic(name=REVIEWS, purpose="What a person must decide.", key="event id, reason",
-              schema="review", writer="worker", readers="operators", cleanup="compact"),
-        Topic(name=DLQ, purpose="Dead letters: original bytes and headers, with reason codes.", key="original key",
-              schema=None, writer="worker, deliverer", readers="operators", retention_ms=90 * DAY_MS, phi=True),
-    ]  # fmt: skip
+        _money(PAYMENTS, "Money facts of patients: captures, refunds, disputes.", "root transaction", phi=True),
+        _money(SETTLEMENTS, "Payouts of gateways to facilities.", "payout", phi=False),
+        Topic(
+            name=PATIENTS,
+            purpose="Patient identifiers and merges, full state.",
+            key="keyed hash of the identifier",
+            schema="patient_record",
+            writer="worker",
+            readers="projector",
+            cleanup="compact",
+            phi=True,
+        ),
+        Topic(
+            name=FRONTIERS,
+            purpose="Next offset of each group and partition.",
+            key="group, topic id, partition",
+            schema=None,
+            writer="worker, deliverer",
+            readers="worker, deliverer",
+            cleanup="compact",
+            partitions=1,
+        ),
+        Topic(
+            name=DISPOSITIONS,
+            purpose="Why a raw record has no other output.",
+            key="hop",
+            schema="disposition",
+            writer="worker",
+            readers="account, trace",
+            retention_ms=SEVEN_YEARS_MS,
+        ),
+        Topic(
+            name=DELIVERIES,
+            purpose="Outcome of each event at each target.",
+            key="event id, target",
+            schema="delivery_outcome",
+            writer="deliverer",
+            readers="account, trace, subscribers",
+            retention_ms=SEVEN_YEARS_MS,
+        ),
+        Topic(
+            name=REVIEWS,
+            purpose="What a person must decide.",
+            key="event id, reason",
+            schema="review",
+            writer="worker",
+            readers="operators",
+            cleanup="compact",
+        ),
+        Topic(
+            name=DLQ,
+            purpose="Dead letters: original bytes and headers, with reason codes.",
+            key="original key",
+            schema=None,
+            writer="worker, deliverer",
+            readers="operators",
+            retention_ms=90 * DAY_MS,
+            phi=True,
+        ),
+    ]
     for source in sources:
-        topics.append(
-            Topic(name=name_raw(source), purpose=f"Events of {source} as received, after redaction.",
-                  key="sending feed" if source == HL7 else "root transaction, as the connector declares",
-                  schema=None, writer="receiver" if source != HL7 else "listener", readers="worker",
-                  retention_ms=30 * DAY_MS, phi=True))  # fmt: skip
-        topics.append(
-            Topic(name=name_seen(source), purpose=f"Changelog: keys of {source} already decided.", key="transaction key",
-                  schema=None, writer="worker", readers="worker", cleanup="compact,delete", retention_ms=45 * DAY_MS))  # fmt: skip
-        if source == HL7:
-            continue
-        topics.append(
-            Topic(name=name_waiting(source), purpose=f"Changelog: records of {source} on hold.", key="hop",
-                  schema="waiting_entry", writer="worker", readers="worker", cleanup="compact", phi=True))  # fmt: skip
-        topics.append(
-            Topic(name=name_lineage(source), purpose=f"Changelog: roots of {source} and their patient.", key="root",
-                  schema=None, writer="worker", readers="worker", cleanup="compact,delete",
-                  retention_ms=730 * DAY_MS, phi=True))  # fmt: skip
+        topics.extend(_list_source_topics(source))
     topics.extend(
-        Topic(name=name_attempts(target), purpose=f"Changelog: attempt ledger of {target}, frozen requests included.",
-              key="event id", schema=None, writer="deliverer", readers="deliverer", cleanup="compact", phi=True)
+        Topic(
+            name=name_attempts(target),
+            purpose=f"Changelog: attempt ledger of {target}, frozen requests included.",
+            key="event id",
+            schema=None,
+            writer="deliverer",
+            readers="deliverer",
+            cleanup="compact",
+            phi=True,
+        )
         for target in targets
-    )  # fmt: skip
+    )
     return tuple(topics)
+
+
+def _money(name: str, purpose: str, key: str, *, phi: bool) -> Topic:
+    return Topic(
+        name=name,
+        purpose=purpose,
+        key=key,
+        schema="money_event",
+        writer="worker",
+        readers="deliverer, subscribers",
+        retention_ms=SEVEN_YEARS_MS,
+        phi=phi,
+    )
+
+
+def _list_source_topics(source: str) -> list[Topic]:
+    topics = [
+        Topic(
+            name=name_raw(source),
+            purpose=f"Events of {source} as received, after redaction.",
+            key="sending feed" if source == HL7 else "root transaction, as the connector declares",
+            schema=None,
+            writer="listener" if source == HL7 else "receiver",
+            readers="worker",
+            retention_ms=30 * DAY_MS,
+            phi=True,
+        ),
+        Topic(
+            name=name_seen(source),
+            purpose=f"Changelog: keys of {source} already decided.",
+            key="transaction key",
+            schema=None,
+            writer="worker",
+            readers="worker",
+            cleanup="compact,delete",
+            retention_ms=45 * DAY_MS,
+        ),
+    ]
+    if source != HL7:
+        topics.append(
+            Topic(
+                name=name_waiting(source),
+                purpose=f"Changelog: records of {source} on hold.",
+                key="hop",
+                schema="waiting_entry",
+                writer="worker",
+                readers="worker",
+                cleanup="compact",
+                phi=True,
+            )
+        )
+        topics.append(
+            Topic(
+                name=name_lineage(source),
+                purpose=f"Changelog: roots of {source} and their patient.",
+                key="root",
+                schema=None,
+                writer="worker",
+                readers="worker",
+                cleanup="compact,delete",
+                retention_ms=730 * DAY_MS,
+                phi=True,
+            )
+        )
+    return topics

@@ -1,7 +1,7 @@
 """Headers of our records: what they are called, what they mean, how they are written and read.
 
-Raw records carry CloudEvents 1.0 attributes for Kafka (binary mode, prefix ``ce_``) beside our own. No header ever holds
-a patient id or payload text.
+Raw records carry CloudEvents 1.0 attributes for Kafka (binary mode, prefix ``ce_``) beside our own. No header ever
+holds a patient id or payload text.
 """
 
 from __future__ import annotations

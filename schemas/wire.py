@@ -1,0 +1,112 @@
+"""Bytes of our Avro values: the Confluent wire format (magic byte 0, 4-byte schema id, Avro body), by fastavro.
+
+``load_schema`` gives a schema's JSON text as committed; ``Encoder`` and ``Decoder`` turn typed events into framed bytes
+and back. Neither does I/O: schema ids and unknown writer schemas come from the registry client in ``topics``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import fastavro
+import msgspec
+
+from schemas.failure import Failure, FailureKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_FRAME = struct.Struct(">bI")
+SCHEMA_NAMES = (
+    "money_event",
+    "patient_record",
+    "disposition",
+    "review",
+    "waiting_entry",
+    "delivery_outcome",
+)
+"""Every Avro schema of ours: ``schemas/<name>.avsc``."""
+
+
+def load_schema(name: str) -> str:
+    """JSON text of a committed schema, without needless white space (the form that is registered)."""
+    return json.dumps(json.loads(files("schemas").joinpath(f"{name}.avsc").read_text("utf-8")), separators=(",", ":"))
+
+
+def load_history(name: str) -> list[str]:
+    """Committed versions of a schema, oldest first; the last one equals the schema in force (a test compares)."""
+    folder = files("schemas").joinpath("history").joinpath(name)
+    versions = sorted(
+        (entry for entry in folder.iterdir() if entry.name.endswith(".avsc")), key=lambda e: int(e.name[:-5])
+    )
+    return [json.dumps(json.loads(entry.read_text("utf-8")), separators=(",", ":")) for entry in versions]
+
+
+class Encoder:
+    """Encodes structs with one schema under one registry id."""
+
+    __slots__ = ("_frame", "_schema")
+
+    def __init__(self, name: str, schema_id: int) -> None:
+        self._schema: Any = fastavro.parse_schema(json.loads(load_schema(name)))
+        self._frame = _FRAME.pack(0, schema_id)
+
+    def encode(self, event: msgspec.Struct) -> bytes:
+        """Framed bytes of an event."""
+        buffer = io.BytesIO()
+        buffer.write(self._frame)
+        fastavro.schemaless_writer(buffer, self._schema, _to_record(event))
+        return buffer.getvalue()
+
+
+class Decoder:
+    """Decodes framed bytes written with any registered version of one schema.
+
+    ``find_writer`` maps a schema id to its JSON text (the registry client caches it); it may raise ``TemporaryError``.
+    """
+
+    def __init__(self, name: str, event_type: type[T], find_writer: Callable[[int], str]) -> None:
+        self._reader: Any = fastavro.parse_schema(json.loads(load_schema(name)))
+        self._type = event_type
+        self._find_writer = find_writer
+        self._writers: dict[int, Any] = {}
+
+    def decode(self, value: bytes) -> Any:
+        """The event. Raises ``Failure`` NOT_AVRO when the bytes are not a framed value of this schema."""
+        if len(value) < _FRAME.size or value[0] != 0:
+            raise Failure(FailureKind.INVALID, "NOT_AVRO", "value")
+        schema_id = _FRAME.unpack_from(value)[1]
+        writer = self._writers.get(schema_id)
+        if writer is None:
+            writer = fastavro.parse_schema(json.loads(self._find_writer(schema_id)))
+            self._writers[schema_id] = writer
+        try:
+            record = fastavro.schemaless_reader(io.BytesIO(value[_FRAME.size :]), writer, self._reader)
+            return msgspec.convert(_from_record(record), self._type)
+        except (EOFError, ValueError, TypeError, IndexError, msgspec.ValidationError) as error:
+            raise Failure(FailureKind.INVALID, "NOT_AVRO", type(error).__name__) from None
+
+
+def _to_record(event: msgspec.Struct) -> dict[str, Any]:
+    record: dict[str, Any] = msgspec.to_builtins(event, builtin_types=(bytes,))
+    headers = record.get("raw_headers")
+    if headers is not None:
+        record["raw_headers"] = [{"name": name, "value": value} for name, value in headers]
+    return record
+
+
+def _from_record(record: Any) -> Any:
+    headers = record.get("raw_headers")
+    if headers is not None:
+        record["raw_headers"] = [(header["name"], header["value"]) for header in headers]
+    for name, value in record.items():
+        # fastavro gives datetimes for timestamp-millis; our events hold integers.
+        if hasattr(value, "timestamp"):
+            record[name] = round(value.timestamp() * 1000)
+    return record

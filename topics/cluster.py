@@ -1,0 +1,117 @@
+"""Kafka as we talk to it: settings, client configuration, and the few facts asked of the cluster."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, Any, Literal
+
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka.admin import AdminClient
+from pydantic import Field, SecretStr, model_validator
+
+from schemas.failure import TemporaryError
+from schemas.tenancy import Strict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class KafkaUnreachable(TemporaryError):
+    """No broker answers."""
+
+    code = "RS210"
+    meaning = "No Kafka broker answers, or it answers too late."
+    default_remedy = "Check `kafka.bootstrap`, the security settings and that the brokers are up; nothing was lost."
+
+
+class KafkaSettings(Strict):
+    """Connection to Kafka. Everything beside ``bootstrap`` has the default of an unsecured local broker."""
+
+    bootstrap: str = Field(default="127.0.0.1:9092", description="Comma-separated host:port list.")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    sasl_username: str | None = None
+    sasl_password: SecretStr | None = None
+    ssl_ca_location: str | None = Field(default=None, description="PEM file of the certificate authorities.")
+    ssl_certificate_location: str | None = Field(default=None, description="PEM file of our certificate (mutual TLS).")
+    ssl_key_location: str | None = None
+    ssl_key_password: SecretStr | None = None
+    session_timeout_seconds: int = Field(default=45, ge=6, le=300, description="Group session of workers, deliverers.")
+    transaction_timeout_seconds: int = Field(
+        default=10, ge=2, le=300, description="A frozen process holds back read_committed readers at most this long."
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> KafkaSettings:
+        if self.security_protocol.startswith("SASL") and not (
+            self.sasl_mechanism and self.sasl_username and self.sasl_password
+        ):
+            raise ValueError("SASL needs sasl_mechanism, sasl_username and sasl_password")
+        if bool(self.ssl_certificate_location) != bool(self.ssl_key_location):
+            raise ValueError("mutual TLS needs both ssl_certificate_location and ssl_key_location")
+        return self
+
+    def build_client(self, client_id: str) -> dict[str, Any]:
+        """Configuration every librdkafka client shares."""
+        config: dict[str, Any] = {
+            "bootstrap.servers": self.bootstrap,
+            "client.id": client_id,
+            "security.protocol": self.security_protocol,
+            "socket.keepalive.enable": True,
+            "reconnect.backoff.max.ms": 2000,
+            # Log lines of librdkafka go through our logger only where a callback is set; errors come as exceptions.
+            "log_level": 3,
+        }
+        optional = {
+            "sasl.mechanism": self.sasl_mechanism,
+            "sasl.username": self.sasl_username,
+            "sasl.password": self.sasl_password and self.sasl_password.get_secret_value(),
+            "ssl.ca.location": self.ssl_ca_location,
+            "ssl.certificate.location": self.ssl_certificate_location,
+            "ssl.key.location": self.ssl_key_location,
+            "ssl.key.password": self.ssl_key_password and self.ssl_key_password.get_secret_value(),
+        }
+        return config | {name: value for name, value in optional.items() if value is not None}
+
+
+PRODUCER = {
+    "acks": "all",
+    "enable.idempotence": True,
+    # Java's partitioner; librdkafka's default differs and would break co-partitioning.
+    "partitioner": "murmur2_random",
+    "compression.type": "lz4",
+    "message.max.bytes": 8_388_608,
+}
+"""Producer settings nobody may leave out."""
+
+
+def build_instance_name() -> str:
+    """A name for this host, stable over restarts, used where the configuration names none."""
+    return socket.gethostname().split(".")[0] or f"host-{os.getuid()}"
+
+
+def describe_topic_ids(kafka: KafkaSettings, names: Iterable[str], *, timeout: float = 10.0) -> dict[str, str]:
+    """Topic name -> topic id, for those that exist. Raises ``KafkaUnreachable``."""
+    wanted = list(names)
+    if not wanted:
+        return {}
+    admin = AdminClient(kafka.build_client("remitstream-admin"))
+    found: dict[str, str] = {}
+    try:
+        futures = admin.describe_topics(TopicCollection(wanted), request_timeout=timeout)
+        for name, future in futures.items():
+            try:
+                found[name] = str(future.result().topic_id)
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                    raise
+    except KafkaException as error:
+        raise KafkaUnreachable(f"topics cannot be described ({name_error(error)}).", place=kafka.bootstrap) from None
+    return found
+
+
+def name_error(error: BaseException) -> str:
+    """Name of a Kafka error without its text, which may hold record contents."""
+    cause = error.args[0] if error.args else None
+    return str(cause.name()) if isinstance(cause, KafkaError) else type(error).__name__
