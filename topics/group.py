@@ -1,0 +1,383 @@
+"""A consumer of one group that owns positions, fences itself, and commits with its outputs in one transaction.
+
+The rules (each answers a way to lose or double a record):
+
+* One thread owns the consumer and the transactional producer; polling, rebalance callbacks and commits run on it.
+* Every assign, revoke and lost raises the assignment number. A batch is committed only under the number it was polled
+  under; the group metadata is taken right after that check, on the same thread.
+* A partition starts at its frontier, after its state was loaded, and after no predecessor's transaction is undecided.
+* After any rebalance and after any abort every kept partition is sought to its frontier; nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, TopicPartition
+
+from schemas.failure import FatalError, OperatorError, TemporaryError
+from topics import frontier
+from topics.cluster import KafkaUnreachable, describe_topic_ids, name_error
+from topics.reading import Record, TopicReader
+from topics.transaction import Output, ProcessFenced, RecordRefused, TransactionAborted, Transactor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from topics.cluster import KafkaSettings
+
+T = TypeVar("T")
+Partition = tuple[str, int]
+"""Topic name and partition number."""
+
+
+class StaleAssignment(Exception):
+    """The batch was polled under an earlier assignment; it was dropped and will be read again by whoever owns it."""
+
+
+class PositionBroken(FatalError):
+    """A batch does not begin at the frontier."""
+
+    code = "RS304"
+    meaning = "Records came out of order with the frontier; going on could skip or repeat some."
+    default_remedy = "Nothing by hand: the process manager restarts the process; report it if it repeats."
+
+
+@dataclass(slots=True)
+class Polled:
+    """Records of one poll, with the assignment number they belong to."""
+
+    number: int
+    records: list[Record]
+
+
+@dataclass(slots=True)
+class _Owned:
+    """What is known of an assigned partition."""
+
+    frontier: int = 0
+    active: bool = False
+    paused: bool = False
+    loading_since: float = field(default_factory=time.monotonic)
+
+
+class GroupConsumer:
+    """A member of a consumer group with exactly-once positions.
+
+    ``load`` is called in a worker thread for each newly assigned partition, before its first record, and returns when
+    the partition's local state is current (it may raise ``TemporaryError`` to be called again). ``release`` is called
+    on the consumer's thread when a partition is taken away.
+    """
+
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        *,
+        group: str,
+        topics: Sequence[str],
+        instance: str,
+        transactional_id: str,
+        load: Callable[[str, int], None] = lambda _topic, _partition: None,
+        release: Callable[[str, int], None] = lambda _topic, _partition: None,
+        report: Callable[[str, OperatorError], None] = lambda _event, _error: None,
+    ) -> None:
+        self.group = group
+        self.topics = list(topics)
+        self.number = 0
+        self.failure: OperatorError | None = None
+        self.last_heartbeat = time.monotonic()
+        self._kafka = kafka
+        self._instance = instance
+        self._load = load
+        self._release = release
+        self._report = report
+        self._owned: dict[Partition, _Owned] = {}
+        self._topic_ids: dict[str, str] = {}
+        self._consumer: Any = None
+        self._transactor = Transactor(kafka, transactional_id)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kafka-{group}")
+        self._loaders = ThreadPoolExecutor(4, thread_name_prefix=f"load-{group}")
+        self._fenced_in_a_row = 0
+        self._closed = False
+
+    async def start(self) -> None:
+        """Fence predecessors, subscribe. Raises ``KafkaUnreachable``."""
+        await self._call(self._open)
+
+    async def poll(self, max_records: int, wait: float) -> Polled:
+        """Records of active partitions; empty after ``wait`` seconds without any. Raises ``FatalError``."""
+        return await self._call(self._poll, max_records, wait)
+
+    async def commit(
+        self,
+        number: int,
+        outputs: Sequence[Output],
+        positions: Mapping[Partition, int],
+        *,
+        committed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """One transaction: outputs, frontiers and offsets of ``positions`` (next offset per partition).
+
+        ``committed`` runs on the consumer's thread right after the commit, before any later poll. Raises
+        ``StaleAssignment``, ``TransactionAborted`` or ``RecordRefused``: the partitions are then back at their frontier
+        and nothing is visible. ``positions`` must not be empty: an offset is what fences a zombie.
+        """
+        await self._call(self._commit, number, outputs, positions, committed)
+
+    async def rewind(self) -> None:
+        """Seek every active partition to its frontier (a batch was given up)."""
+        await self._call(self._rewind)
+
+    async def call(self, function: Callable[..., T], *arguments: object) -> T:
+        """Run a function on the consumer's thread."""
+        return await self._call(function, *arguments)
+
+    def is_ready(self) -> bool:
+        """Subscribed, and every assigned partition is loaded."""
+        return self.failure is None and self.number > 0 and all(owned.active for owned in self._owned.values())
+
+    def frontiers(self) -> dict[Partition, int]:
+        """Frontier of every active partition."""
+        return {key: owned.frontier for key, owned in self._owned.items() if owned.active}
+
+    async def pause(self, partitions: Sequence[Partition] | None = None) -> None:
+        """Stop delivering from these (default all) partitions; polling goes on so that the group keeps us."""
+        await self._call(self._set_paused, partitions, True)  # noqa: FBT003
+
+    async def resume(self, partitions: Sequence[Partition] | None = None) -> None:
+        """Deliver again."""
+        await self._call(self._set_paused, partitions, False)  # noqa: FBT003
+
+    async def close(self) -> None:
+        """Leave the group; what was not committed is read again by the next owner."""
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._shut)
+        self._thread.shutdown(wait=False)
+        self._loaders.shutdown(wait=False, cancel_futures=True)
+
+    # Everything below runs on the consumer's thread.
+
+    async def _call(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
+
+    def _open(self) -> None:
+        self._topic_ids = describe_topic_ids(self._kafka, self.topics)
+        missing = sorted(set(self.topics) - set(self._topic_ids))
+        if missing:
+            raise KafkaUnreachable(
+                "the topics do not exist.", place=", ".join(missing), remedy="Run `remitstream topics apply`."
+            )
+        self._transactor.open()
+        session = self._kafka.session_timeout_seconds * 1000
+        self._consumer = Consumer(
+            self._kafka.build_client(self._instance)
+            | {
+                "group.id": self.group,
+                "group.instance.id": self._instance,
+                "partition.assignment.strategy": "cooperative-sticky",
+                "session.timeout.ms": session,
+                "heartbeat.interval.ms": min(3000, session // 6),
+                "max.poll.interval.ms": max(300_000, session),
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                # A position is always set from the frontier; a missing offset must never decide anything.
+                "auto.offset.reset": "error",
+                "isolation.level": "read_committed",
+                "fetch.wait.max.ms": 20,
+                "fetch.queue.backoff.ms": 10,
+                "queued.max.messages.kbytes": 32_768,
+            }
+        )
+        self._consumer.subscribe(
+            self.topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+        )
+
+    def _poll(self, max_records: int, wait: float) -> Polled:
+        if self.failure is not None:
+            raise self.failure
+        records: list[Record] = []
+        first = self._consumer.poll(wait)
+        number = self.number
+        if first is not None:
+            messages = [first, *self._consumer.consume(max_records - 1, 0)] if max_records > 1 else [first]
+            if self.number != number:
+                # A rebalance was served between the two calls; all of it is read again from the frontiers.
+                self._rewind()
+                return Polled(self.number, [])
+            for message in messages:
+                record = self._take(message)
+                if record is not None:
+                    records.append(record)
+        return Polled(self.number, records)
+
+    def _take(self, message: Any) -> Record | None:
+        error = message.error()
+        if error is not None:
+            if error.fatal():
+                raise ProcessFenced(f"the group fenced this member ({error.name()}).", place=self.group)
+            if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # noqa: SLF001
+                raise frontier.FrontierLost(
+                    "the position is outside the log.", place=f"{message.topic()}[{message.partition()}]"
+                )
+            return None
+        owned = self._owned.get((message.topic(), message.partition()))
+        if owned is None or not owned.active:
+            return None
+        if message.offset() < owned.frontier:
+            raise PositionBroken(
+                f"offset {message.offset()} below {owned.frontier}.", place=f"{message.topic()}[{message.partition()}]"
+            )
+        return Record(
+            message.topic(),
+            message.partition(),
+            message.offset(),
+            message.key(),
+            message.value(),
+            message.headers() or [],
+            message.timestamp()[1],
+        )
+
+    def _commit(
+        self,
+        number: int,
+        outputs: Sequence[Output],
+        positions: Mapping[Partition, int],
+        committed: Callable[[], None],
+    ) -> None:
+        if number != self.number:
+            self._rewind()
+            raise StaleAssignment
+        if not positions:
+            raise ValueError("a transaction without offsets fences nothing")
+        offsets = [TopicPartition(topic, partition, offset) for (topic, partition), offset in positions.items()]
+        frontiers = [
+            frontier.build_frontier(self.group, self._topic_ids[topic], partition, offset)
+            for (topic, partition), offset in positions.items()
+        ]
+        metadata = self._consumer.consumer_group_metadata()
+        try:
+            self._transactor.commit([*outputs, *frontiers], offsets, metadata)
+        except (TransactionAborted, RecordRefused):
+            self._rewind()
+            raise
+        except ProcessFenced:
+            self._fenced_in_a_row += 1
+            raise
+        for key, offset in positions.items():
+            self._owned[key].frontier = offset
+        committed()
+
+    def _rewind(self) -> None:
+        for (topic, partition), owned in self._owned.items():
+            if owned.active:
+                self._seek(topic, partition, owned.frontier)
+
+    def _seek(self, topic: str, partition: int, offset: int) -> None:
+        for attempt in range(50):
+            try:
+                self._consumer.seek(TopicPartition(topic, partition, offset))
+            except KafkaException as error:
+                # Right after an assignment the client may not have started the partition yet.
+                if attempt == 49:
+                    raise PositionBroken(f"cannot seek ({name_error(error)}).", place=f"{topic}[{partition}]") from None
+                time.sleep(0.02)
+            else:
+                return
+
+    def _on_assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        self.number += 1
+        consumer.incremental_assign([TopicPartition(p.topic, p.partition, OFFSET_END) for p in partitions])
+        consumer.pause(partitions)
+        self._rewind()
+        for partition in partitions:
+            key = (partition.topic, partition.partition)
+            self._owned[key] = owned = _Owned()
+            self._loaders.submit(self._prepare, key, owned)
+
+    def _on_revoke(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        self.number += 1
+        for partition in partitions:
+            if self._owned.pop((partition.topic, partition.partition), None) is not None:
+                self._release(partition.topic, partition.partition)
+        consumer.incremental_unassign(partitions)
+        self._rewind()
+
+    def _set_paused(self, partitions: Sequence[Partition] | None, paused: bool) -> None:  # noqa: FBT001
+        keys = [key for key in (partitions or list(self._owned)) if key in self._owned]
+        for key in keys:
+            self._owned[key].paused = paused
+        chosen = [TopicPartition(*key) for key in keys if self._owned[key].active]
+        if not chosen:
+            return
+        if paused:
+            self._consumer.pause(chosen)
+        else:
+            self._consumer.resume(chosen)
+
+    def _shut(self) -> None:
+        if self._consumer is not None:
+            self._consumer.close()
+        self._transactor.close()
+
+    # These two run on a loader thread, then hand over to the consumer's thread.
+
+    def _prepare(self, key: Partition, owned: _Owned) -> None:
+        wait = 0.2
+        while self._owned.get(key) is owned and not self._closed:
+            try:
+                start = self._find_start(*key)
+                self._load(*key)
+            except TemporaryError as error:
+                self._report("partition_load_failed", error)
+                time.sleep(wait)
+                wait = min(wait * 2, 5.0)
+            except OperatorError as error:
+                self.failure = error
+                return
+            except Exception as error:  # noqa: BLE001 - a loader thread must not die silently
+                self.failure = FatalError(f"loading raised {type(error).__name__}.", place=f"{key[0]}[{key[1]}]")
+                return
+            else:
+                if not self._closed:
+                    self._thread.submit(self._activate, key, owned, start)
+                return
+
+    def _find_start(self, topic: str, partition: int) -> int:
+        frontier.await_pending_offsets(self._kafka, self.group, topic, partition)
+        place = f"{topic}[{partition}]"
+        current = describe_topic_ids(self._kafka, [topic]).get(topic)
+        if current != self._topic_ids[topic]:
+            raise frontier.FrontierLost("the topic was deleted and made again while this process ran.", place=place)
+        known = frontier.read_frontiers(self._kafka, self.group).get((current, partition))
+        reader = TopicReader(self._kafka, topic)
+        try:
+            reader.assign({}, [partition])
+            log_start = reader.start_offsets()[partition]
+            log_end = reader.end_offsets()[partition]
+        finally:
+            reader.close()
+        if known is None:
+            return log_start
+        if known < log_start:
+            raise frontier.FrontierLost(f"frontier {known}, log start {log_start}.", place=place)
+        if known > log_end:
+            raise frontier.FrontierLost(f"frontier {known}, log end {log_end}.", place=place)
+        return known
+
+    def _activate(self, key: Partition, owned: _Owned, start: int) -> None:
+        if self._owned.get(key) is not owned:
+            return
+        try:
+            self._seek(*key, start)
+            owned.frontier = start
+            owned.active = True
+            if not owned.paused:
+                self._consumer.resume([TopicPartition(*key)])
+        except (KafkaException, OperatorError) as error:
+            self.failure = error if isinstance(error, OperatorError) else FatalError(name_error(error), place=str(key))
