@@ -53,7 +53,7 @@ def read_frontiers(kafka: KafkaSettings, group: str) -> dict[tuple[str, int], in
 
 
 def await_pending_offsets(
-    kafka: KafkaSettings, group: str, topic: str, partition: int, *, deadline: float = 30
+    kafka: KafkaSettings, group: str, topic: str, partition: int, *, patience: float = 30
 ) -> None:
     """Wait until no transaction still holds an undecided offset of this partition.
 
