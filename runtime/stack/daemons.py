@@ -47,8 +47,10 @@ def read_start_time(pid: int) -> str | None:
         except (FileNotFoundError, ProcessLookupError):
             return None
         fields = stat.rpartition(")")[2].split()
-        # fields after the name: [0] is the state, [19] the start time in ticks since boot (proc(5))
-        return None if fields[0] in {"Z", "X"} else f"{boot}:{fields[19]}"
+        # fields after the name: [0] state, [17] threads, [19] start time in ticks since boot (proc(5)). While a JVM
+        # ends, its first thread may be a zombie already and others still hold the port.
+        dead = fields[0] in {"Z", "X"} and int(fields[17]) <= 1
+        return None if dead else f"{boot}:{fields[19]}"
     answer = subprocess.run(
         ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
     )
