@@ -1,0 +1,124 @@
+"""Sections of the configuration file that belong to no other package: where things listen, keep state and log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+
+from schemas.tenancy import Name, Strict
+
+
+class SecretSettings(Strict):
+    """Keys of our own."""
+
+    hmac_key: SecretStr = Field(
+        description="Key of the digests that stand for patient ids and bodies in keys and headers; at least 32 "
+        "characters. It must never change: a new key makes every known event look new."
+    )
+
+
+class TlsSettings(Strict):
+    """Certificate of a server of ours."""
+
+    certificate: Path = Field(description="PEM file with the certificate chain.")
+    key: Path = Field(description="PEM file with the private key.")
+    client_ca: Path | None = Field(
+        default=None, description="PEM file of the authorities whose clients may connect; none means any client."
+    )
+
+
+class ReceiverSettings(Strict):
+    """The webhook receiver."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8480, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    max_body_bytes: int = Field(
+        default=1_048_576, ge=1024, le=4_194_304, description="Larger deliveries are refused with 413."
+    )
+    tls: TlsSettings | None = Field(default=None, description="Without it the receiver belongs behind a TLS proxy.")
+
+
+class ListenerSettings(Strict):
+    """The MLLP listener of the HL7 feeds."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=2575, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    tls: TlsSettings | None = Field(
+        default=None, description="Without it the listener belongs inside a private network."
+    )
+
+
+class WorkerSettings(Strict):
+    """The stream workers."""
+
+    partitions: int = Field(
+        default=4, ge=1, le=1024, description="Partitions of every topic of the flow; frozen once topics exist."
+    )
+    processes: int = Field(default=1, ge=1, le=64, description="Worker processes that `remitstream run` starts.")
+    state: Path = Field(default=Path(".remitstream/state"), description="Folder of the local stores; may be lost.")
+    instance: Name | None = Field(
+        default=None,
+        description="Stable name of this host in groups and transactions, unique among hosts; default: its host name.",
+    )
+    batch_records: int = Field(default=2000, ge=1, le=20_000, description="Most records in one transaction.")
+    parent_wait_hours: int = Field(
+        default=72,
+        ge=1,
+        le=720,
+        description="How long a refund or dispute waits for its unknown payment before review.",
+    )
+    waiting_limit: int = Field(
+        default=100_000, ge=1, description="Records on hold in a partition above which its source pauses."
+    )
+
+
+class HealthSettings(Strict):
+    """Health and metrics endpoints, one per process; 0 takes a free port and prints it."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    receiver: int = Field(default=9471, ge=0, le=65535, description="Port of the receiver.")
+    listener: int = Field(default=9472, ge=0, le=65535, description="Port of the listener.")
+    projector: int = Field(default=9473, ge=0, le=65535, description="Port of the projector.")
+    worker: int = Field(
+        default=9480, ge=0, le=65535, description="Port of the first worker; the next take the next ones."
+    )
+    deliverer: int = Field(
+        default=9500, ge=0, le=65535, description="Port of the first target's deliverer; the next take the next ones."
+    )
+
+
+class LogSettings(Strict):
+    """The log on standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="WARNING means nothing was lost, ERROR that a person must act."
+    )
+    format: Literal["json", "console"] = Field(
+        default="json", description="One JSON object a line, or text for people."
+    )
+
+
+class StackSettings(Strict):
+    """The embedded Kafka, registry and Redis, for trying out and for tests; one broker, no replicas."""
+
+    embedded: bool = Field(
+        default=False,
+        description="Use the embedded stack. An address given with higher precedence (a `kafka.bootstrap` in the "
+        "environment over this setting in the file) wins: then all three services are your own.",
+    )
+    home: Path = Field(default=Path(".remitstream/stack"), description="Folder of its data, logs and addresses.")
+    cache: Path = Field(
+        default=Path("~/.cache/remitstream"), description="Folder of the downloads, shared by projects."
+    )
+    mirror: str | None = Field(
+        default=None, description="Base URL of a Maven mirror, where the public one is out of reach."
+    )
+
+
+class SandboxSettings(Strict):
+    """Sample traffic and simulated billing systems; they listen on the host and port of each target."""
+
+    events: int = Field(default=2000, ge=1, le=10_000_000, description="Money events to send.")
+    seed: int = Field(default=1, ge=0, description="Same seed, same traffic.")
