@@ -96,7 +96,7 @@ class GroupConsumer:
         self._release = release
         self._report = report
         self._owned: dict[Partition, _Owned] = {}
-        self._topic_ids: dict[str, str] = {}
+        self.topic_ids: dict[str, str] = {}
         self._consumer: Any = None
         self._transactor = Transactor(kafka, transactional_id)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kafka-{group}")
@@ -167,8 +167,8 @@ class GroupConsumer:
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
 
     def _open(self) -> None:
-        self._topic_ids = describe_topic_ids(self._kafka, self.topics)
-        missing = sorted(set(self.topics) - set(self._topic_ids))
+        self.topic_ids = describe_topic_ids(self._kafka, self.topics)
+        missing = sorted(set(self.topics) - set(self.topic_ids))
         if missing:
             raise KafkaUnreachable(
                 "the topics do not exist.", place=", ".join(missing), remedy="Run `remitstream topics apply`."
@@ -257,7 +257,7 @@ class GroupConsumer:
             raise ValueError("a transaction without offsets fences nothing")
         offsets = [TopicPartition(topic, partition, offset) for (topic, partition), offset in positions.items()]
         frontiers = [
-            frontier.build_frontier(self.group, self._topic_ids[topic], partition, offset)
+            frontier.build_frontier(self.group, self.topic_ids[topic], partition, offset)
             for (topic, partition), offset in positions.items()
         ]
         metadata = self._consumer.consumer_group_metadata()
@@ -352,7 +352,7 @@ class GroupConsumer:
         frontier.await_pending_offsets(self._kafka, self.group, topic, partition)
         place = f"{topic}[{partition}]"
         current = describe_topic_ids(self._kafka, [topic]).get(topic)
-        if current != self._topic_ids[topic]:
+        if current != self.topic_ids[topic]:
             raise frontier.FrontierLost("the topic was deleted and made again while this process ran.", place=place)
         known = frontier.read_frontiers(self._kafka, self.group).get((current, partition))
         reader = TopicReader(self._kafka, topic)

@@ -1,0 +1,81 @@
+"""The micro-batch an agent works on, and how it is committed.
+
+async for batch in batches:
+decision = await decide(batch)
+await batch.commit(decision)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from streams.decide import Decision
+from topics.group import StaleAssignment
+from topics.headers import RawRecord
+from topics.transaction import RecordRefused, TransactionAborted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from schemas.failure import TemporaryError
+    from streams.decide import Room
+    from streams.transport import Feeder
+
+
+@dataclass(slots=True)
+class Batch:
+    """Records of one raw topic, of one assignment, in offset order per partition.
+
+    ``rooms`` holds the local state of every partition this worker owns of the topic, with or without records: a batch
+    without records is an opportunity to release what waits. Exactly one of ``commit`` and ``hold`` ends a batch.
+    """
+
+    topic: str
+    number: int
+    records: list[RawRecord]
+    rooms: dict[int, Room]
+    positions: dict[int, int]
+    """Next offset per partition of ``rooms`` once this batch is done."""
+    refused: frozenset[str]
+    """Hops whose outputs the broker did not take at the last attempt."""
+    feeder: Feeder
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def commit(self, decision: Decision) -> bool:
+        """Write outputs, dead letters, state changes, frontiers and offsets in one transaction, then apply the changes.
+
+        False when it was rolled back: the partitions are back at their frontier and the batch comes again, by this
+        worker or another. Raises ``FatalError`` when this process must not go on.
+        """
+        outputs = decision.list_outputs()
+        try:
+            if outputs or self.records:
+                await self.feeder.group.commit(self.number, outputs, self._list_positions(), committed=decision.apply)
+        except StaleAssignment:
+            self.feeder.count("transactions_rolled_back", reason="rebalance")
+            return False
+        except TransactionAborted:
+            self.feeder.count("transactions_rolled_back", reason="aborted")
+            await self.feeder.back_off()
+            return False
+        except RecordRefused as refusal:
+            self.feeder.count("transactions_rolled_back", reason="record_refused")
+            self.feeder.refuse(self, outputs[refusal.index].cause if refusal.index is not None else None)
+            return False
+        else:
+            self.feeder.succeed(self, decision)
+            return True
+        finally:
+            self.ended.set()
+
+    async def hold(self, error: TemporaryError) -> None:
+        """Give the batch back because something it needs is down; the worker pauses, keeps polling, and tries again."""
+        try:
+            await self.feeder.hold(error)
+        finally:
+            self.ended.set()
+
+    def _list_positions(self) -> Mapping[tuple[str, int], int]:
+        return {(self.topic, partition): offset for partition, offset in self.positions.items()}

@@ -1,0 +1,643 @@
+"""What becomes of each raw record: the one decision per record, in order, for a whole batch.
+
+A record ends in exactly one fate: canonical, suppressed, ignored, waiting, in review or dead-lettered. Nothing here
+does I/O but two things per batch: one look-up of identities and reads of the partition's local store. Nothing changes
+outside the returned decision; the caller commits it and only then applies it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from identity.resolution import Ambiguous, Known, Resolution
+from schemas.events import (
+    Disposition,
+    Fate,
+    MoneyEvent,
+    PatientRecord,
+    Reference,
+    Review,
+    WaitingEntry,
+)
+from schemas.failure import Failure, FailureKind, OperatorError
+from schemas.keys import HmacKey, build_event_id
+from streams.admissions import Ignored as IgnoredAdmission
+from streams.admissions import read_admission
+from streams.normalise import Ignored, Normalised, Normaliser
+from streams.state import Draft, Lineage, PartitionState, SeenEntry
+from streams.waiting import BEHIND_ENTITY, PARENT_UNKNOWN, PATIENT_UNKNOWN, Held, WaitingDraft, WaitingRoom
+from topics import catalog, headers
+from topics.dead_letter import build_dead_letter
+from topics.headers import RawRecord, find_header
+from topics.transaction import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from identity.projection import Identities
+    from schemas.tenancy import Tenancy
+    from schemas.wire import Decoder, Encoder
+
+T_Mapped = TypeVar("T_Mapped")
+
+RELEASE_CHUNK = 1000
+"""Identities of the waiting room looked up at once."""
+
+RELEASE_INTERVAL = 0.25
+"""Seconds between two looks into the waiting room. When more identities than a chunk wait, each is asked for less and
+less often, up to the cap."""
+
+RELEASE_INTERVAL_CAP = 60.0
+
+EXPIRY_INTERVAL = 5.0
+"""Seconds between two searches for records whose parent never came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codecs:
+    """Avro codecs of everything a worker writes."""
+
+    money: dict[str, Encoder]
+    patient: Encoder
+    disposition: Encoder
+    review: Encoder
+    waiting: Encoder
+    waiting_reader: Decoder
+
+
+@dataclass(slots=True)
+class Decision:
+    """What one batch leads to: records to write, and changes to apply once they are committed."""
+
+    outputs: list[Output] = field(default_factory=list)
+    dead_letters: list[Output] = field(default_factory=list)
+    drafts: list[Draft] = field(default_factory=list)
+    rooms: list[WaitingDraft] = field(default_factory=list)
+    fates: list[tuple[Fate, str]] = field(default_factory=list)
+
+    def list_outputs(self) -> list[Output]:
+        """Everything of the transaction beside offsets and frontiers."""
+        changelogs = [output for draft in self.drafts for output in draft.list_outputs()]
+        return [*self.outputs, *self.dead_letters, *changelogs]
+
+    def apply(self) -> None:
+        """Take the decision over into stores and waiting rooms: after its transaction has committed, not before."""
+        for draft in self.drafts:
+            if draft.changes:
+                draft.state.apply(draft.changes)
+        for room in self.rooms:
+            room.apply()
+
+
+@dataclass(slots=True)
+class Room:
+    """Local state of one partition: its store and the index of its waiting room."""
+
+    state: PartitionState
+    waiting: WaitingRoom = field(default_factory=WaitingRoom)
+
+
+class Clock:
+    """Time as decisions see it; a test passes its own."""
+
+    def now_ms(self) -> int:
+        """Milliseconds since the epoch."""
+        return time.time_ns() // 1_000_000
+
+    def monotonic(self) -> float:
+        """Seconds, never going back."""
+        return time.monotonic()
+
+
+class _Writer:
+    """Builds the records of one batch."""
+
+    def __init__(self, codecs: Codecs, source: str, now_ms: int) -> None:
+        self._codecs = codecs
+        self._source = source
+        self._now_ms = now_ms
+        self.decision = Decision()
+
+    def publish(self, record: RawRecord, normalised: Normalised) -> None:
+        """The canonical event."""
+        event = normalised.event
+        self.decision.outputs.append(
+            Output(
+                normalised.topic,
+                event.root.encode(),
+                self._codecs.money[normalised.topic].encode(event),
+                [
+                    *headers.build_cloudevent(
+                        event_id=event.event_id,
+                        source=f"/{event.tenant}/{event.source}/{event.account}",
+                        event_type=f"remitstream.{normalised.topic}.{event.kind}",
+                        time=_format_time(event.occurred_at),
+                    ),
+                    (headers.EVENT_ID, event.event_id.encode()),
+                    (headers.HOP, record.hop.encode()),
+                    (headers.ORIGIN, event.origin.encode()),
+                    (headers.INGEST_TIME, str(event.received_at).encode()),
+                    (headers.FACILITY, event.facility.encode()),
+                    (headers.MAPPING_VERSION, event.mapping_version.encode()),
+                ],
+                cause=record.hop,
+            )
+        )
+        self.decision.fates.append((Fate.CANONICAL, event.kind))
+
+    def dispose(self, record: RawRecord, fate: Fate, reason: str, event_type: str, linked: str = "") -> None:
+        """The record of a raw record that leads to nothing else."""
+        disposition = Disposition(
+            hop=record.hop,
+            fate=fate.value,
+            reason=reason,
+            source=self._source,
+            facility=find_header(record.headers, headers.FACILITY) or "",
+            event_type=event_type,
+            linked=linked,
+            decided_at=self._now_ms,
+        )
+        self.decision.outputs.append(
+            Output(
+                catalog.DISPOSITIONS,
+                record.hop.encode(),
+                self._codecs.disposition.encode(disposition),
+                cause=record.hop,
+            )
+        )
+        self.decision.fates.append((fate, reason))
+
+    def review(self, record: RawRecord, event: MoneyEvent, reason: str, discriminator: str = "") -> None:
+        """A question for a person."""
+        review = Review(
+            event_id=event.event_id,
+            reason=reason,
+            hop=record.hop,
+            source=self._source,
+            facility=event.facility,
+            transaction_key=event.transaction_key,
+            root=event.root,
+            event_type=event.kind,
+            created_at=self._now_ms,
+        )
+        key = "|".join(part for part in (event.event_id, reason, discriminator) if part)
+        self.decision.outputs.append(
+            Output(
+                catalog.REVIEWS,
+                key.encode(),
+                self._codecs.review.encode(review),
+                [(headers.HOP, record.hop.encode())],
+                cause=record.hop,
+            )
+        )
+        self.decision.fates.append((Fate.IN_REVIEW, reason))
+
+    def dead_letter(self, record: RawRecord, failure: Failure, stage: str) -> None:
+        """The record itself, with the reason as codes."""
+        self.decision.dead_letters.append(
+            build_dead_letter(
+                key=record.key,
+                value=record.value,
+                original=record.headers,
+                failure=failure,
+                stage=stage,
+                hop=record.hop,
+                origin=record.origin,
+                now_ms=self._now_ms,
+            )
+        )
+        self.decision.fates.append((Fate.DEAD_LETTERED, failure.code))
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A record of the batch after mapping: what it is, or why it is a dead letter."""
+
+    record: RawRecord
+    mapped: Normalised | Ignored | Failure
+    held: Held | None = None
+    """Set when the record comes from the waiting room."""
+
+
+class MoneyDecider:
+    """Decides batches of one payment gateway's raw topic."""
+
+    def __init__(
+        self,
+        normaliser: Normaliser,
+        *,
+        identities: Identities,
+        hmac_key: HmacKey,
+        codecs: Codecs,
+        parent_wait_seconds: float,
+        clock: Clock | None = None,
+    ) -> None:
+        self.source = normaliser.source
+        self._normaliser = normaliser
+        self._identities = identities
+        self._hmac_key = hmac_key
+        self._codecs = codecs
+        self._parent_wait_ms = int(parent_wait_seconds * 1000)
+        self._clock = clock or Clock()
+        self._next_look: dict[str, tuple[float, float]] = {}
+        self._last_look = float("-inf")
+        self._last_expiry = float("-inf")
+
+    async def decide(
+        self, rooms: dict[int, Room], records: Sequence[RawRecord], refused: frozenset[str] = frozenset()
+    ) -> Decision:
+        """Decide every record of a batch, and release what can be released from the waiting rooms of ``rooms``.
+
+        ``refused`` are hops whose outputs the broker did not take: they become dead letters. Raises ``TemporaryError``
+        when identities cannot be looked up; nothing has changed then.
+        """
+        now_ms = self._clock.now_ms()
+        writer = _Writer(self._codecs, self.source, now_ms)
+        drafts = {partition: Draft(room.state) for partition, room in rooms.items()}
+        candidates = [_Candidate(record, self._map(record, refused)) for record in records]
+        due = self._list_due(rooms)
+        expire = self._clock.monotonic() - self._last_expiry >= EXPIRY_INTERVAL
+        references = self._collect_references(candidates, drafts)
+        found = await self._resolve(references, due)
+        for partition, room in rooms.items():
+            draft = drafts[partition]
+            lane = _Lane(self, writer, draft, WaitingDraft(room.waiting), found, refused, now_ms)
+            if expire:
+                lane.expire(now_ms - self._parent_wait_ms)
+            lane.release_known(due)
+            for candidate in candidates:
+                if candidate.record.partition == partition:
+                    lane.decide(candidate)
+            writer.decision.rooms.append(lane.room)
+        if expire:
+            self._last_expiry = self._clock.monotonic()
+        writer.decision.drafts = list(drafts.values())
+        return writer.decision
+
+    def read_waiting_entry(self, value: bytes) -> WaitingEntry:
+        """A record on hold, as stored."""
+        entry: WaitingEntry = self._codecs.waiting_reader.decode(value)
+        return entry
+
+    def encode_waiting_entry(self, entry: WaitingEntry) -> bytes:
+        """The stored form of a record on hold."""
+        return self._codecs.waiting.encode(entry)
+
+    def rebuild(self, room: Room) -> None:
+        """Fill the waiting room's index from the store."""
+        for _, value in room.state.scan("waiting"):
+            entry = self.read_waiting_entry(value)
+            room.waiting.hold(Held(entry.hop, entry.entity, entry.reason, entry.awaited, entry.since))
+
+    def hash_reference(self, reference: Reference) -> str:
+        """Keyed hash of an identifier."""
+        return self._hmac_key.hash_identifier(reference)
+
+    def hash_facts(self, facts: Iterable[str]) -> bytes:
+        """Digest of money facts."""
+        return self._hmac_key.hash_facts(*facts)
+
+    def remap(self, entry: WaitingEntry, refused: frozenset[str]) -> tuple[RawRecord, Normalised | Ignored | Failure]:
+        """The record on hold and what it maps to now."""
+        topic_id, partition, offset = entry.hop.rsplit(":", 2)
+        del topic_id
+        record = RawRecord(
+            hop=entry.hop,
+            partition=int(partition),
+            offset=int(offset),
+            key=entry.raw_key,
+            value=entry.raw_value,
+            headers=entry.raw_headers,
+            timestamp=entry.since,
+        )
+        return record, self._map(record, refused)
+
+    def _map(self, record: RawRecord, refused: frozenset[str]) -> Normalised | Ignored | Failure:
+        if record.hop in refused:
+            return Failure(FailureKind.INVALID, "REFUSED_BY_BROKER", "record")
+        return _guard(self._normaliser.normalise, record)
+
+    def _list_due(self, rooms: dict[int, Room]) -> list[str]:
+        now = self._clock.monotonic()
+        if now - self._last_look < RELEASE_INTERVAL:
+            return []
+        self._last_look = now
+        awaited = {awaited for room in rooms.values() for awaited in room.waiting.list_awaited()}
+        for gone in set(self._next_look) - awaited:
+            del self._next_look[gone]
+        if len(awaited) <= RELEASE_CHUNK:
+            return sorted(awaited)
+        due = sorted(name for name in awaited if self._next_look.get(name, (now, 0.0))[0] <= now)[:RELEASE_CHUNK]
+        for name in due:
+            wait = self._next_look.get(name, (now, RELEASE_INTERVAL))[1]
+            self._next_look[name] = (now + wait, min(wait * 2, RELEASE_INTERVAL_CAP))
+        return due
+
+    def _collect_references(self, candidates: Sequence[_Candidate], drafts: dict[int, Draft]) -> dict[str, Reference]:
+        """Identifiers this batch may need: of roots as named, of children as their root named them."""
+        roots: dict[str, Reference | None] = {}
+        references: dict[str, Reference] = {}
+        for candidate in candidates:
+            mapped = candidate.mapped
+            if not isinstance(mapped, Normalised) or not mapped.needs_patient:
+                continue
+            root = mapped.event.root
+            if mapped.is_root:
+                roots[root] = mapped.event.patient
+            reference = mapped.event.patient if mapped.is_root else roots.get(root)
+            if reference is None and root not in roots:
+                lineage = drafts[candidate.record.partition].read_lineage(root)
+                reference = Reference(*lineage.patient) if lineage is not None and lineage.patient else None
+            if reference is not None:
+                references[self.hash_reference(reference)] = reference
+        return references
+
+    async def _resolve(self, references: dict[str, Reference], due: Sequence[str]) -> dict[str, Resolution]:
+        wanted = list(dict.fromkeys([*references, *due]))
+        if not wanted:
+            return {}
+        return dict(zip(wanted, await self._identities.resolve_hashes(wanted), strict=True))
+
+
+class _Lane:
+    """Decides the records of one partition of a batch, in order."""
+
+    def __init__(
+        self,
+        decider: MoneyDecider,
+        writer: _Writer,
+        draft: Draft,
+        room: WaitingDraft,
+        found: dict[str, Resolution],
+        refused: frozenset[str],
+        now_ms: int,
+    ) -> None:
+        self.room = room
+        self._decider = decider
+        self._writer = writer
+        self._draft = draft
+        self._found = found
+        self._refused = refused
+        self._now_ms = now_ms
+
+    def expire(self, before_ms: int) -> None:
+        """End the hold of records whose parent never came: a person decides."""
+        for held in self.room.room.list_expired(before_ms):
+            self._release(held, expired=True)
+
+    def release_known(self, due: Sequence[str]) -> None:
+        """Release, in order, every entity whose awaited identity is decided now."""
+        for awaited in due:
+            if isinstance(self._found.get(awaited), (Known, Ambiguous)):
+                for entity in self.room.room.list_entities(awaited):
+                    self._release_entity(entity)
+
+    def decide(self, candidate: _Candidate) -> None:
+        """Decide one new record."""
+        record, mapped = candidate.record, candidate.mapped
+        self._draft.cause = record.hop
+        if isinstance(mapped, Failure):
+            self._writer.dead_letter(record, mapped, "normalise")
+            return
+        if isinstance(mapped, Ignored):
+            self._writer.dispose(record, Fate.IGNORED, mapped.reason, mapped.event_type, mapped.linked)
+            return
+        event = mapped.event
+        digest = self._decider.hash_facts(mapped.facts)
+        seen = self._draft.read_seen(event.transaction_key)
+        if seen:
+            for entry in seen:
+                if entry.digest == digest:
+                    self._writer.dispose(record, Fate.SUPPRESSED, "DUPLICATE", event.kind, entry.hop)
+                    return
+            self._writer.review(record, event, "CONFLICTING_COPY", digest.hex())
+            self._draft.write_seen(event.transaction_key, [*seen, SeenEntry(digest, record.hop)])
+            return
+        try:
+            ended = self._settle(record, mapped, held=None)
+        except (Failure, ValueError, TypeError, KeyError) as error:
+            self._writer.dead_letter(record, _as_failure(error), "normalise")
+            return
+        self._draft.write_seen(event.transaction_key, [SeenEntry(digest, record.hop)])
+        if mapped.is_root and ended:
+            self._release_entity(event.root)
+
+    def _settle(self, record: RawRecord, mapped: Normalised, held: Held | None) -> bool:
+        """Publish, hold or ask about one record whose key is free. Return whether its way ended here.
+
+        Raises before anything was written when the event cannot be encoded.
+        """
+        ended = self._place(record, mapped, held)
+        if mapped.needs_patient and mapped.is_root:
+            self._draft.write_lineage(mapped.event.root, _describe_root(mapped.event))
+        return ended
+
+    def _place(self, record: RawRecord, mapped: Normalised, held: Held | None) -> bool:
+        event = mapped.event
+        if not mapped.needs_patient:
+            self._writer.publish(record, mapped)
+            return True
+        if not mapped.is_root:
+            if not self._inherit(event):
+                return self._hold(record, event, PARENT_UNKNOWN, event.root, held)
+            if held is None and self.room.list_entity(event.root):
+                return self._hold(record, event, BEHIND_ENTITY, event.root, held)
+        if event.patient is None:
+            self._writer.review(record, event, "PATIENT_NOT_NAMED")
+            return True
+        awaited = self._decider.hash_reference(event.patient)
+        resolution = self._found.get(awaited)
+        if isinstance(resolution, Known):
+            event.mrn = resolution.mrn
+            self._writer.publish(record, mapped)
+            return True
+        if isinstance(resolution, Ambiguous):
+            self._writer.review(record, event, resolution.reason)
+            return True
+        return self._hold(record, event, PATIENT_UNKNOWN, awaited, held)
+
+    def _inherit(self, event: MoneyEvent) -> bool:
+        """Give a child what its root said; False when the root is not known yet."""
+        lineage = self._draft.read_lineage(event.root)
+        if lineage is None:
+            return False
+        event.patient = event.patient or _as_reference(lineage.patient)
+        event.guarantor_account = event.guarantor_account or _as_reference(lineage.guarantor_account)
+        event.visit = event.visit or _as_reference(lineage.visit)
+        event.claim = event.claim or lineage.claim
+        event.invoice = event.invoice or lineage.invoice
+        return True
+
+    def _hold(self, record: RawRecord, event: MoneyEvent, reason: str, awaited: str, held: Held | None) -> bool:
+        if held is not None and (held.reason, held.awaited) == (reason, awaited):
+            return False
+        since = held.since if held is not None else self._now_ms
+        entry = WaitingEntry(
+            hop=record.hop,
+            entity=event.root,
+            reason=reason,
+            awaited=awaited,
+            event_id=event.event_id,
+            transaction_key=event.transaction_key,
+            since=since,
+            raw_key=record.key,
+            raw_value=record.value,
+            raw_headers=record.headers,
+        )
+        self._draft.write_waiting(record.hop, self._decider.encode_waiting_entry(entry))
+        self.room.hold(Held(record.hop, event.root, reason, awaited, since))
+        if held is None:
+            self._writer.decision.fates.append((Fate.WAITING, reason))
+        return False
+
+    def _release_entity(self, entity: str) -> None:
+        """Release an entity's records in order, its root first, until one must wait on."""
+        waiting = self.room.list_entity(entity)
+        roots = [held for held in waiting if held.reason == PATIENT_UNKNOWN and self._is_root(held)]
+        for held in [*roots, *(held for held in waiting if held not in roots)]:
+            if not self._release(held):
+                return
+
+    def _is_root(self, held: Held) -> bool:
+        lineage = self._draft.read_lineage(held.entity)
+        value = self._draft.read_waiting(held.hop)
+        if lineage is None or value is None:
+            return False
+        return self._decider.read_waiting_entry(value).event_id == lineage.event_id
+
+    def _release(self, held: Held, *, expired: bool = False) -> bool:
+        """Decide a record on hold again; True when its hold ended (with an event, a review or a dead letter)."""
+        self._draft.cause = held.hop
+        value = self._draft.read_waiting(held.hop)
+        if value is None:
+            return True
+        entry = self._decider.read_waiting_entry(value)
+        record, mapped = self._decider.remap(entry, self._refused)
+        if isinstance(mapped, Ignored):
+            # The mapping changed and no longer takes it for money: that is a fault of the mapping, not of the record.
+            mapped = Failure(FailureKind.UNMAPPED, "NO_LONGER_MAPPED", mapped.reason)
+        if isinstance(mapped, Failure):
+            self._end_as_dead_letter(held, entry, record, mapped)
+            return True
+        try:
+            if expired:
+                self._writer.review(record, mapped.event, "PARENT_NEVER_CAME")
+            elif not self._settle(record, mapped, held):
+                return False
+        except (Failure, ValueError, TypeError, KeyError) as error:
+            self._end_as_dead_letter(held, entry, record, _as_failure(error))
+            return True
+        self._end(held)
+        return True
+
+    def _end_as_dead_letter(self, held: Held, entry: WaitingEntry, record: RawRecord, failure: Failure) -> None:
+        self._writer.dead_letter(record, failure, "release")
+        seen = self._draft.read_seen(entry.transaction_key)
+        if seen and seen[0].hop == entry.hop:
+            # Void, in the same transaction: a good copy or a redrive must pass.
+            self._draft.write_seen(entry.transaction_key, [])
+        self._end(held)
+
+    def _end(self, held: Held) -> None:
+        self._draft.write_waiting(held.hop, None)
+        self.room.release(held)
+
+
+class AdmissionDecider:
+    """Decides batches of `raw.hl7`: patient identifiers and merges, in the order each feed sent them."""
+
+    source = catalog.HL7
+
+    def __init__(self, tenancy: Tenancy, *, hmac_key: HmacKey, codecs: Codecs, clock: Clock | None = None) -> None:
+        self._tenancy = tenancy
+        self._hmac_key = hmac_key
+        self._codecs = codecs
+        self._clock = clock or Clock()
+
+    async def decide(
+        self, rooms: dict[int, Room], records: Sequence[RawRecord], refused: frozenset[str] = frozenset()
+    ) -> Decision:
+        """Decide every message of a batch."""
+        writer = _Writer(self._codecs, self.source, self._clock.now_ms())
+        drafts = {partition: Draft(room.state) for partition, room in rooms.items()}
+        for record in records:
+            if record.hop in refused:
+                writer.dead_letter(record, Failure(FailureKind.INVALID, "REFUSED_BY_BROKER", "record"), "normalise")
+                continue
+            read = _guard(lambda record=record: read_admission(record, self._tenancy))
+            if isinstance(read, Failure):
+                writer.dead_letter(record, read, "normalise")
+            elif isinstance(read, IgnoredAdmission):
+                writer.dispose(record, Fate.IGNORED, read.reason, find_header(record.headers, "ce_type") or "")
+            else:
+                draft = drafts[record.partition]
+                digest = self._hmac_key.hash_facts(*read.facts)
+                feed = find_header(record.headers, headers.ACCOUNT) or ""
+                # Senders restart their control ids: the same id with other bytes is another message.
+                key = f"{self.source}:{feed}:{read.control_id}:{digest.hex()}"
+                seen = draft.read_seen(key)
+                if seen:
+                    writer.dispose(record, Fate.SUPPRESSED, "DUPLICATE", read.message_type, seen[0].hop)
+                    continue
+                draft.write_seen(key, [SeenEntry(digest, record.hop)])
+                writer.decision.outputs.extend(self._publish(record, patient) for patient in read.records)
+                writer.dispose(record, Fate.PATIENT_UPDATE, "ADMISSION", read.message_type, build_event_id(key))
+        writer.decision.drafts = list(drafts.values())
+        return writer.decision
+
+    def rebuild(self, room: Room) -> None:
+        """Nothing of an admission waits."""
+
+    def _publish(self, record: RawRecord, patient: PatientRecord) -> Output:
+        return Output(
+            catalog.PATIENTS,
+            self._hmac_key.hash_identifier(patient.identifier).encode(),
+            self._codecs.patient.encode(patient),
+            [(headers.HOP, record.hop.encode()), (headers.ORIGIN, record.origin.encode())],
+            cause=record.hop,
+        )
+
+
+Decider = MoneyDecider | AdmissionDecider
+
+
+def _guard(function: Callable[..., T_Mapped], *arguments: object) -> T_Mapped | Failure:
+    """Run a per-record function: whatever it raises is that record's dead letter, not a crash."""
+    try:
+        return function(*arguments)
+    except Failure as failure:
+        return failure
+    except OperatorError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the record is kept with the exception's type; the text may hold payload
+        return _as_failure(error)
+
+
+def _as_failure(error: Exception) -> Failure:
+    return error if isinstance(error, Failure) else Failure(FailureKind.INTERNAL, type(error).__name__, "")
+
+
+def _as_reference(parts: tuple[str, str, str] | None) -> Reference | None:
+    return None if parts is None else Reference(*parts)
+
+
+def _as_parts(reference: Reference | None) -> tuple[str, str, str] | None:
+    return None if reference is None else (reference.authority, reference.id_type, reference.value)
+
+
+def _describe_root(event: MoneyEvent) -> Lineage:
+    return Lineage(
+        event_id=event.event_id,
+        patient=_as_parts(event.patient),
+        guarantor_account=_as_parts(event.guarantor_account),
+        visit=_as_parts(event.visit),
+        claim=event.claim,
+        invoice=event.invoice,
+    )
+
+
+def _format_time(milliseconds: int) -> str:
+    seconds, rest = divmod(milliseconds, 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{rest:03d}Z"

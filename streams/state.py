@@ -1,0 +1,275 @@
+"""Partition state: a local store that is a view of changelog topics, and nothing else.
+
+One store per (source, partition), on local disk (LMDB): seen keys, waiting room, lineage. It changes in two ways only:
+by reading the changelogs, and after the transaction that wrote the same entries to them has committed. Losing it costs
+start-up time, never correctness. The store keeps the next changelog offset to read in the same write as the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lmdb
+import msgspec
+
+from schemas.failure import FatalError
+from topics import catalog
+from topics.cluster import describe_topic_ids
+from topics.reading import Record, read_to_end
+from topics.transaction import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from topics.cluster import KafkaSettings
+
+SEEN = "seen"
+WAITING = "waiting"
+LINEAGE = "lineage"
+_META = "meta"
+_TOPIC_NAMES = {SEEN: catalog.name_seen, WAITING: catalog.name_waiting, LINEAGE: catalog.name_lineage}
+
+MAP_BYTES = 64 * 1024**3
+"""Address space of a store; the file only grows with its data."""
+
+STALE_SECONDS = 3 * 86_400
+"""A store not touched this long is rebuilt: it must stay well below the changelogs' delete.retention (7 days)."""
+
+
+class StateUnusable(FatalError):
+    """The local store cannot be written."""
+
+    code = "RS320"
+    meaning = "The local state store cannot be written (disk full, no rights)."
+    default_remedy = "Free disk space or correct `worker.state_folder`; the store is rebuilt from Kafka."
+
+
+class SeenEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One decided copy of a fact: its digest, and the hop that decided."""
+
+    digest: bytes
+    hop: str
+
+
+class Lineage(msgspec.Struct, frozen=True, array_like=True):
+    """What a child event needs of its root. ``patient`` is (authority, id type, value)."""
+
+    event_id: str
+    patient: tuple[str, str, str] | None = None
+    guarantor_account: tuple[str, str, str] | None = None
+    visit: tuple[str, str, str] | None = None
+    claim: str | None = None
+    invoice: str | None = None
+
+
+_seen_decoder = msgspec.msgpack.Decoder(list[SeenEntry])
+_lineage_decoder = msgspec.msgpack.Decoder(Lineage)
+_encoder = msgspec.msgpack.Encoder()
+
+VOID = _encoder.encode([])
+"""Value of a key whose release failed: counts as absent, but survives compaction (a tombstone could be missed)."""
+
+
+@dataclass(slots=True)
+class Change:
+    """One entry of a store and its changelog record; ``value`` None removes it."""
+
+    store: str
+    key: bytes
+    value: bytes | None
+    output: Output
+
+
+@dataclass(slots=True)
+class Draft:
+    """Reads and changes of one batch on one partition; earlier records of the batch count for later ones."""
+
+    state: PartitionState
+    changes: list[Change] = field(default_factory=list)
+    cause: str = ""
+    """Hop of the record under decision; named by its changelog records."""
+    _overlay: dict[tuple[str, bytes], bytes | None] = field(default_factory=dict)
+
+    def read_seen(self, key: str) -> list[SeenEntry]:
+        """Decided copies of a fact; empty when absent or void."""
+        value = self._read(SEEN, _shorten(key))
+        return [] if value is None else _seen_decoder.decode(value)
+
+    def write_seen(self, key: str, entries: Sequence[SeenEntry]) -> None:
+        """Replace the decided copies of a fact; none means void."""
+        self._write(SEEN, _shorten(key), _encoder.encode(list(entries)))
+
+    def read_lineage(self, root: str) -> Lineage | None:
+        """What is known of a root transaction."""
+        value = self._read(LINEAGE, _shorten(root))
+        return None if value is None else _lineage_decoder.decode(value)
+
+    def write_lineage(self, root: str, lineage: Lineage) -> None:
+        """Record a root transaction."""
+        self._write(LINEAGE, _shorten(root), _encoder.encode(lineage))
+
+    def read_waiting(self, hop: str) -> bytes | None:
+        """Encoded entry of a record on hold."""
+        return self._read(WAITING, hop.encode())
+
+    def write_waiting(self, hop: str, entry: bytes | None) -> None:
+        """Put a record on hold, or (None) end its hold."""
+        self._write(WAITING, hop.encode(), entry)
+
+    def list_outputs(self) -> list[Output]:
+        """Changelog records of all changes, in order."""
+        return [change.output for change in self.changes]
+
+    def _read(self, store: str, key: bytes) -> bytes | None:
+        if (store, key) in self._overlay:
+            return self._overlay[store, key]
+        return self.state.read(store, key)
+
+    def _write(self, store: str, key: bytes, value: bytes | None) -> None:
+        topic = _TOPIC_NAMES[store](self.state.source)
+        self._overlay[store, key] = value
+        self.changes.append(
+            Change(store, key, value, Output(topic, key, value, partition=self.state.partition, cause=self.cause))
+        )
+
+
+class PartitionState:
+    """The store of one partition of one source. Used from one thread at a time."""
+
+    def __init__(self, folder: Path, source: str, partition: int, stores: Sequence[str]) -> None:
+        self.source = source
+        self.partition = partition
+        self.path = folder / f"{source}-{partition}"
+        self._stores = tuple(stores)
+        self._environment: lmdb.Environment | None = None
+        self._databases: dict[str, Any] = {}
+        self._applied: dict[str, int] = {}
+        self._topic_ids: dict[str, str] = {}
+
+    def load(self, kafka: KafkaSettings) -> None:
+        """Open the store and catch up with its changelogs. Raises ``KafkaUnreachable`` or ``StateUnusable``."""
+        topics = {store: _TOPIC_NAMES[store](self.source) for store in self._stores}
+        ids = describe_topic_ids(kafka, topics.values())
+        self._topic_ids = {store: ids.get(topic, "") for store, topic in topics.items()}
+        self._open()
+        for store, topic in topics.items():
+            self._catch_up(kafka, store, topic)
+
+    def read(self, store: str, key: bytes) -> bytes | None:
+        """Value of a key."""
+        with self._begin() as transaction:
+            value = transaction.get(key, db=self._databases[store])
+            return None if value is None else bytes(value)
+
+    def scan(self, store: str) -> Iterable[tuple[bytes, bytes]]:
+        """All entries of a store."""
+        with self._begin() as transaction:
+            for key, value in transaction.cursor(db=self._databases[store]):
+                yield bytes(key), bytes(value)
+
+    def apply(self, changes: Sequence[Change]) -> None:
+        """Take over the changes of a committed transaction; their outputs know their changelog offsets."""
+        entries = [(change.store, change.key, change.value) for change in changes]
+        applied = dict(self._applied)
+        for change in changes:
+            applied[change.store] = max(applied[change.store], change.output.offset + 1)
+        self._put(entries, applied)
+
+    def close(self) -> None:
+        """Give up the store; its files stay."""
+        if self._environment is not None:
+            self._environment.close()
+            self._environment = None
+
+    def _open(self) -> None:
+        self.close()
+        marks = {b"boot": _read_boot_id().encode(), b"topics": _encoder.encode(self._topic_ids)}
+        for attempt in range(2):
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                # No fsync: after a power loss the boot id differs and the store is rebuilt from its changelogs.
+                environment = lmdb.open(
+                    str(self.path), map_size=MAP_BYTES, max_dbs=8, sync=False, metasync=False, readahead=False
+                )
+                self._environment = environment
+                self._databases = {store: environment.open_db(store.encode()) for store in (*self._stores, _META)}
+                meta = self._read_meta()
+            except (lmdb.Error, OSError) as error:
+                self.close()
+                if attempt:
+                    raise StateUnusable(f"{type(error).__name__}.", place=str(self.path)) from None
+                shutil.rmtree(self.path, ignore_errors=True)
+                continue
+            touched = float(meta.get(b"touched", b"0"))
+            usable = all(meta.get(name) == value for name, value in marks.items())
+            if meta and (not usable or time.time() - touched > STALE_SECONDS):
+                self.close()
+                shutil.rmtree(self.path, ignore_errors=True)
+                continue
+            self._applied = {store: int(meta.get(b"next:" + store.encode(), b"0")) for store in self._stores}
+            self._put([(_META, name, value) for name, value in marks.items()], self._applied)
+            return
+        raise StateUnusable("the store cannot be made anew.", place=str(self.path))
+
+    def _catch_up(self, kafka: KafkaSettings, store: str, topic: str) -> None:
+        start = {self.partition: self._applied[store]} if self._applied[store] else {}
+        chunk: list[tuple[str, bytes, bytes | None]] = []
+        applied = dict(self._applied)
+        for item in read_to_end(kafka, topic, offsets=start, partitions=[self.partition]):
+            if isinstance(item, Record):
+                if item.key:
+                    chunk.append((store, item.key, item.value))
+                applied[store] = item.offset + 1
+                if len(chunk) >= 5000:
+                    self._put(chunk, applied)
+                    chunk.clear()
+            else:
+                applied[store] = item[self.partition]
+        self._put(chunk, applied)
+
+    def _put(self, entries: Iterable[tuple[str, bytes, bytes | None]], applied: dict[str, int]) -> None:
+        if self._environment is None:
+            raise StateUnusable("the store is closed.", place=str(self.path))
+        try:
+            with self._environment.begin(write=True) as transaction:
+                for store, key, value in entries:
+                    if value is None:
+                        transaction.delete(key, db=self._databases[store])
+                    else:
+                        transaction.put(key, value, db=self._databases[store])
+                meta = self._databases[_META]
+                for store, offset in applied.items():
+                    transaction.put(b"next:" + store.encode(), str(offset).encode(), db=meta)
+                transaction.put(b"touched", str(time.time()).encode(), db=meta)
+        except (lmdb.Error, OSError) as error:
+            raise StateUnusable(f"{type(error).__name__}.", place=str(self.path)) from None
+        self._applied = applied
+
+    def _read_meta(self) -> dict[bytes, bytes]:
+        with self._begin() as transaction:
+            return {bytes(key): bytes(value) for key, value in transaction.cursor(db=self._databases[_META])}
+
+    def _begin(self) -> lmdb.Transaction:
+        if self._environment is None:
+            raise StateUnusable("the store is closed.", place=str(self.path))
+        return self._environment.begin()
+
+
+def _shorten(key: str) -> bytes:
+    """LMDB takes keys up to 511 bytes; a longer one is replaced by its hash."""
+    text = key.encode()
+    return text if len(text) <= 480 else b"sha256:" + hashlib.sha256(text).digest()
+
+
+def _read_boot_id() -> str:
+    linux = Path("/proc/sys/kernel/random/boot_id")
+    if linux.exists():
+        return linux.read_text("ascii").strip()
+    answer = subprocess.run(["sysctl", "-n", "kern.boottime"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"

@@ -1,0 +1,357 @@
+"""Faust on confluent-kafka: agents get micro-batches, and every batch is one Kafka transaction.
+
+``Feeder`` owns the group membership (``topics.group``), local state, pauses and back-off. ``Transport`` makes Faust's
+conductor take batches from it. Faust is told of one virtual partition per raw topic that it always owns: assignment,
+seeking and commits are the feeder's alone, so no rebalance ever passes through Faust, whose own handling drops and
+strands events. One batch is under way at a time; librdkafka fetches the next ones meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+import faust
+import yarl
+from faust.transport.consumer import Consumer
+from faust.transport.drivers import aiokafka
+from faust.types import TP, ConsumerMessage
+
+from schemas.failure import FatalError, TemporaryError
+from streams.batch import Batch
+from streams.decide import Room
+from streams.state import LINEAGE, SEEN, WAITING, PartitionState
+from topics import catalog
+from topics.group import GroupConsumer
+from topics.headers import RawRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from streams.decide import Decider, Decision
+    from topics.cluster import KafkaSettings
+    from topics.reading import Record
+
+IDLE_SECONDS = 0.1
+"""An empty batch is handed out this often while nothing arrives, so that the waiting room is looked at."""
+
+
+class Feeder:
+    """Feeds batches of one worker: consumes its raw topics, keeps their local state, pauses while something is down."""
+
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        deciders: Mapping[str, Decider],
+        *,
+        instance: str,
+        slot: int,
+        state_folder: Path,
+        batch_size: int,
+        count: Callable[..., None],
+        report: Callable[[str, Exception], None],
+    ) -> None:
+        self.deciders = {catalog.name_raw(source): decider for source, decider in deciders.items()}
+        self.count = count
+        self.paused: TemporaryError | None = None
+        self.rooms: dict[tuple[str, int], Room] = {}
+        self._kafka = kafka
+        self._report = report
+        self._state_folder = state_folder / f"{instance}-{slot}"
+        self._batch_size = batch_size
+        self._limit = batch_size
+        self._refused: frozenset[str] = frozenset()
+        self._failures = 0
+        self._pending: list[Batch] = []
+        self._last_idle = 0.0
+        self.group = GroupConsumer(
+            kafka,
+            group="remitstream.worker",
+            topics=list(self.deciders),
+            instance=f"remitstream.worker.{instance}.{slot}",
+            transactional_id=f"remitstream.worker.{instance}.{slot}",
+            load=self._load,
+            release=self._release,
+            report=report,
+        )
+
+    async def start(self) -> None:
+        """Join the group, waiting for Kafka as long as it takes."""
+        wait = 0.5
+        while True:
+            try:
+                await self.group.start()
+            except TemporaryError as error:
+                self.paused = error
+                self._report("kafka_unreachable", error)
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, 10)
+            else:
+                self.paused = None
+                return
+
+    async def next_batches(self) -> list[Batch]:
+        """Batches of the next poll, one per raw topic; empty when there is nothing to do. Polls at most 0.1 s."""
+        if not self._pending:
+            polled = await self.group.poll(self._limit, IDLE_SECONDS)
+            if self.paused is not None:
+                return []
+            if polled.records or time.monotonic() - self._last_idle >= IDLE_SECONDS:
+                self._last_idle = time.monotonic()
+                self._pending = self._split(polled.number, polled.records)
+        batches, self._pending = self._pending, []
+        return batches
+
+    def succeed(self, batch: Batch, decision: Decision) -> None:
+        """A batch is committed."""
+        self._failures = 0
+        if batch.records:
+            self._refused = frozenset()
+            self._limit = min(self._batch_size, self._limit * 2)
+        for fate, reason in decision.fates:
+            self.count("records", source=self.deciders[batch.topic].source, fate=fate.value, reason=reason)
+
+    def refuse(self, batch: Batch, hop: str | None) -> None:
+        """The broker refused a record of the batch. When it is not known which, records go one by one until it is."""
+        if hop is None and len(batch.records) == 1:
+            hop = batch.records[0].hop
+        if hop:
+            self._refused |= {hop}
+        else:
+            self._limit = 1
+
+    async def back_off(self) -> None:
+        """Wait after an aborted transaction: longer each time, with jitter, so that workers do not march in step."""
+        self._failures += 1
+        await asyncio.sleep(random.uniform(0, min(5.0, 0.1 * 2 ** min(self._failures, 6))))  # noqa: S311 - jitter
+
+    async def hold(self, error: TemporaryError) -> None:
+        """Pause all partitions until what is down answers again; polling goes on, or the group would evict us."""
+        self.paused = error
+        self._failures += 1
+        self.count("pauses", reason=error.code)
+        self._report("paused", error)
+        await self.group.rewind()
+        await self.group.pause()
+        until = time.monotonic() + min(5.0, 0.2 * 2 ** min(self._failures, 5))
+        while time.monotonic() < until:
+            await self.group.poll(1, 0.1)
+        await self.group.resume()
+        self.paused = None
+
+    def is_ready(self) -> tuple[bool, dict[str, str]]:
+        """Whether records are being processed, and if not, why."""
+        reasons = {}
+        if self.paused is not None:
+            reasons["paused"] = f"{self.paused.code} at {self.paused.place}"
+        if not self.group.is_ready():
+            reasons["group"] = "joining, or loading state"
+        return not reasons, reasons
+
+    def measure_waiting(self) -> dict[str, int]:
+        """Records on hold, per source."""
+        counts: dict[str, int] = {}
+        for (topic, _), room in list(self.rooms.items()):
+            source = self.deciders[topic].source
+            counts[source] = counts.get(source, 0) + len(room.waiting)
+        return counts
+
+    async def close(self) -> None:
+        """Leave the group and give up the stores."""
+        await self.group.close()
+        for room in self.rooms.values():
+            room.state.close()
+        self.rooms.clear()
+
+    def _split(self, number: int, records: list[Record]) -> list[Batch]:
+        frontiers = self.group.frontiers()
+        batches = []
+        for topic in self.deciders:
+            rooms = {p: room for (t, p), room in self.rooms.items() if t == topic and (t, p) in frontiers}
+            taken = [record for record in records if record.topic == topic and record.partition in rooms]
+            waiting = any(len(room.waiting) for room in rooms.values())
+            if not taken and not waiting:
+                continue
+            positions = {partition: frontiers[topic, partition] for partition in rooms}
+            for record in taken:
+                positions[record.partition] = record.offset + 1
+            raw = [self._take(record) for record in taken]
+            batches.append(Batch(topic, number, raw, rooms, positions, self._refused, self))
+        return batches
+
+    def _take(self, record: Record) -> RawRecord:
+        return RawRecord(
+            hop=f"{self.group.topic_ids[record.topic]}:{record.partition}:{record.offset}",
+            partition=record.partition,
+            offset=record.offset,
+            key=record.key or b"",
+            value=record.value or b"",
+            headers=record.headers,
+            timestamp=record.timestamp,
+        )
+
+    # Called by the group on a loader thread, and on the consumer's thread.
+
+    def _load(self, topic: str, partition: int) -> None:
+        decider = self.deciders[topic]
+        stores = (SEEN,) if decider.source == catalog.HL7 else (SEEN, WAITING, LINEAGE)
+        state = PartitionState(self._state_folder, decider.source, partition, stores)
+        state.load(self._kafka)
+        room = Room(state)
+        decider.rebuild(room)
+        self.rooms[topic, partition] = room
+
+    def _release(self, topic: str, partition: int) -> None:
+        room = self.rooms.pop((topic, partition), None)
+        if room is not None:
+            room.state.close()
+
+
+class BatchConsumer(Consumer):  # type: ignore[misc]
+    """Faust's view of the feeder: one virtual partition per raw topic, always assigned, never committed by Faust."""
+
+    feeder: Feeder
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.feeder = self.transport.feeder
+        self._virtual: set[TP] = set()
+        self._sequence = 0
+        self._under_way: list[Batch] = []
+
+    async def subscribe(self, topics: Any) -> None:
+        """Join the group; Faust may fetch at once, the feeder gives nothing before partitions are loaded."""
+        self._virtual = {TP(topic, 0) for topic in topics}
+        await self.feeder.start()
+        self.add_future(self._announce())
+
+    async def _announce(self) -> None:
+        self.app.on_rebalance_start()
+        await self.on_partitions_assigned(self._virtual, self.app.consumer_generation_id)
+
+    async def _getmany(self, active_partitions: Any, timeout: float) -> dict[TP, list[Batch]]:  # noqa: ASYNC109, ARG002
+        for batch in self._under_way:
+            await batch.ended.wait()
+        self._under_way = await self.feeder.next_batches()
+        return {TP(batch.topic, 0): [batch] for batch in self._under_way}
+
+    def _to_message(self, tp: TP, batch: Batch) -> ConsumerMessage:
+        self._sequence += 1
+        return ConsumerMessage(
+            tp.topic,
+            0,
+            self._sequence,
+            time.time(),
+            0,
+            [],
+            None,
+            batch,
+            None,
+            0,
+            0,
+            tp,
+            # Without the current generation the stream skips the message silently.
+            generation_id=self.app.consumer_generation_id,
+        )
+
+    def assignment(self) -> set[TP]:
+        """The virtual partitions."""
+        return self._virtual
+
+    async def on_stop(self) -> None:
+        """Leave the group."""
+        await self.feeder.close()
+
+    # Offsets are committed inside the batch's transaction; Faust's own bookkeeping has nothing to do.
+
+    async def commit(self, *_args: Any, **_kwargs: Any) -> bool:
+        """Nothing."""
+        return False
+
+    async def _commit(self, _offsets: Any) -> bool:
+        return True
+
+    def ack(self, _message: Any) -> bool:
+        """Nothing: an acknowledgement of Faust's means that the agent's loop went on, not that anything is durable."""
+        return True
+
+    async def perform_seek(self) -> None:
+        """Nothing."""
+
+    async def seek_to_committed(self) -> dict[TP, int]:
+        """Nothing."""
+        return {}
+
+    async def _seek(self, partition: TP, offset: int) -> None: ...
+
+    async def seek_wait(self, partitions: Any) -> None:
+        """Nothing."""
+
+    async def position(self, _tp: TP) -> int | None:
+        """Unknown to Faust."""
+        return None
+
+    def highwater(self, _tp: TP) -> int:
+        """Unknown to Faust; lag is measured outside the worker."""
+        return 0
+
+    async def earliest_offsets(self, *_partitions: TP) -> dict[TP, int]:
+        """Unknown to Faust."""
+        return {}
+
+    async def highwaters(self, *_partitions: TP) -> dict[TP, int]:
+        """Unknown to Faust."""
+        return {}
+
+    async def create_topic(self, *_args: Any, **_kwargs: Any) -> None:
+        """Nothing: topics come from the catalog."""
+
+    def topic_partitions(self, _topic: str) -> int | None:
+        """Unknown to Faust."""
+        return None
+
+    def key_partition(self, _topic: str, _key: bytes | None, partition: int | None = None) -> int | None:
+        """Faust sends nothing."""
+        return partition
+
+    def _new_topicpartition(self, topic: str, partition: int) -> TP:
+        return TP(topic, partition)
+
+    def verify_event_path(self, now: float, tp: TP) -> None:
+        """Nothing: the feeder reports pauses and the health endpoint tells."""
+
+    def close(self) -> None:
+        """Nothing beyond ``on_stop``."""
+
+
+class Transport(aiokafka.Transport):  # type: ignore[misc]
+    """Faust's aiokafka transport with our consumer; its producer is never used."""
+
+    Consumer = BatchConsumer
+
+    def __init__(self, app: Any, feeder: Feeder) -> None:
+        super().__init__([yarl.URL("kafka://feeder")], app)
+        self.feeder = feeder
+
+
+class Unchanged(faust.Codec):  # type: ignore[misc]
+    """Hands a batch through: decoding belongs to the decider, so that one bad record is one dead letter."""
+
+    def loads(self, value: Any) -> Any:
+        """The batch itself."""
+        return value
+
+    def dumps(self, value: Any) -> Any:
+        """The batch itself."""
+        return value
+
+
+class WorkerStuck(FatalError):
+    """Faust stopped working for a reason of its own."""
+
+    code = "RS305"
+    meaning = "The stream worker's event loop or agent ended without an order to stop."
+    default_remedy = "Nothing by hand: the process manager restarts the worker; report it if it repeats."
