@@ -26,8 +26,6 @@ T = TypeVar("T")
 
 _PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 5.0
-_CHECK_SECONDS = 1.0
-"""Without new records, Redis is asked this often whether it still holds what was applied."""
 _LAG_SECONDS = 5.0
 
 
@@ -85,6 +83,8 @@ class Projector:
     """One projector. ``run`` until ``stop``; a second one beside it does no harm.
 
     ``decode`` turns a value into a ``PatientRecord``; it may raise ``TemporaryError`` (registry down) or ``Failure``.
+    Without new records, Redis is asked every ``check_seconds`` whether it still holds what was applied. ``run`` closes
+    the reader and the writer at its end.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Projector:
         metrics: Metrics = METRICS,
         max_records: int = 500,
         poll_seconds: float = 0.2,
+        check_seconds: float = 1.0,
     ) -> None:
         self._reader = reader
         self._writer = writer
@@ -105,6 +106,7 @@ class Projector:
         self._metrics = metrics
         self._max_records = max_records
         self._poll_seconds = poll_seconds
+        self._check_seconds = check_seconds
         self._stopping = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="projector")  # the consumer stays on one thread
         self._log = get_log("projector")
@@ -174,7 +176,7 @@ class Projector:
                 await self._persist(self._assign)
                 continue
             reached = await self._in_thread(self._reader.positions)
-            if records or reached != self._positions or loop.time() - checked >= _CHECK_SECONDS:
+            if records or reached != self._positions or loop.time() - checked >= self._check_seconds:
                 await self._apply(records, reached)
                 checked = loop.time()
             if loop.time() - measured >= _LAG_SECONDS:

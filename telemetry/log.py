@@ -49,6 +49,7 @@ def configure(
 ) -> None:
     """Set up the log of this process; a second call replaces the first.
 
+    It owns the root logger: start libraries without a log configuration of their own (uvicorn: ``log_config=None``).
     ``level`` is ``debug``, ``info``, ``warning`` or ``error``. ``masking=False`` is for tests only: it shows what a
     search for planted data must then find. Uncaught exceptions are logged by type and place, without their text.
     """
@@ -61,10 +62,7 @@ def configure(
         cache_logger_on_first_use=False,  # else a logger kept in a module would outlive a second call
     )
     root = logging.getLogger()
-    for handler in [*root.handlers]:
-        if isinstance(handler, _Bridge):
-            root.removeHandler(handler)
-    root.addHandler(_Bridge(renderer))
+    root.handlers[:] = [_Bridge(renderer)]  # any other handler would write beside the masking
     # Libraries are asked for warnings only, unless someone debugs: their chatter is not about this deployment.
     root.setLevel(number if number <= logging.DEBUG else max(number, logging.WARNING))
     logging.captureWarnings(capture=True)
