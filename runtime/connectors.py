@@ -37,6 +37,7 @@ def _list_target_models() -> dict[str, type[BaseModel]]:
 
 
 def list_known() -> Known:
+    """Names of all gateways and target connectors."""
     gateways, targets = discover("sources.catalog"), discover("sinks.catalog")
     return Known(
         None if gateways is None else frozenset(gateway.name for gateway in gateways),

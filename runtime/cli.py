@@ -1,0 +1,474 @@
+"""The command line. Parsing, printing and exit codes only; the work is in ``runtime.commands`` and ``runtime.roles``.
+
+Modules of the work are imported when their command runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from runtime import installation, output
+from runtime.configuration import MissingFileError, SettingsError, SyntaxIssueError, show_path
+from runtime.layers import suggest
+from schemas.failure import ConfigurationError, ExitCode, OperatorError
+
+if TYPE_CHECKING:
+    from runtime.settings import Settings
+
+EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong usage, 75 try again, 78 wrong configuration."
+
+app = typer.Typer(
+    name="remitstream",
+    help="Money facts between payment gateways and healthcare systems over Kafka.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+topics_app = typer.Typer(help="The topics of this deployment.", no_args_is_help=True)
+schemas_app = typer.Typer(help="The event schemas in the registry.", no_args_is_help=True)
+stack_app = typer.Typer(help="The embedded Kafka, registry and Redis.", no_args_is_help=True)
+config_app = typer.Typer(help="The configuration file.", no_args_is_help=True)
+mapping_app = typer.Typer(help="Mapping files.", no_args_is_help=True)
+for name, group in (
+    ("topics", topics_app), ("schemas", schemas_app), ("stack", stack_app), ("config", config_app),
+    ("mapping", mapping_app),
+):  # fmt: skip
+    app.add_typer(group, name=name)
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="Configuration file; default $REMITSTREAM_CONFIG or remitstream.toml."
+    ),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="One setting, for example `targets.epic-north.port=2575`; repeatable."
+    ),
+]
+Embedded = Annotated[
+    bool | None,
+    typer.Option(
+        "--embedded/--no-embedded", help="Use the embedded stack, or your own services, whatever the file says."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+class UnknownTargetError(ConfigurationError):
+    """A target is named on the command line that the configuration does not have."""
+
+    code = "RS107"
+    meaning = "A command names a target instance that is not in the configuration."
+    default_remedy = "Use a name from `[[targets]]`; `remitstream config check` lists them."
+
+
+# ---------------------------------------------------------------- processes
+
+
+@app.command(epilog="Example: remitstream receive --config remitstream.toml")
+def receive(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
+    """Take webhooks in: verify, redact, publish, then answer."""
+    _run_role("receiver", _open_attached(config, assignments, embedded=embedded))
+
+
+@app.command(epilog="Example: remitstream listen --config remitstream.toml")
+def listen(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
+    """Take HL7 v2 messages in over MLLP."""
+    _run_role("listener", _open_attached(config, assignments, embedded=embedded))
+
+
+@app.command(epilog="Example: remitstream worker --set worker.instance=host-a")
+def worker(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
+    """Turn raw records into canonical events."""
+    _run_role("worker", _open_attached(config, assignments, embedded=embedded))
+
+
+@app.command(epilog="Example: remitstream project --config remitstream.toml")
+def project(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
+    """Keep the patient look-up in Redis up to date."""
+    _run_role("projector", _open_attached(config, assignments, embedded=embedded))
+
+
+@app.command(epilog="Example: remitstream deliver epic-north epic-harbor")
+def deliver(
+    *,
+    targets: Annotated[list[str] | None, typer.Argument(help="Target instances; none means all.")] = None,
+    config: Config = None,
+    assignments: Assignments = None,
+    embedded: Embedded = None,
+) -> None:
+    """Post canonical events to target systems."""
+    settings = _open_attached(config, assignments, embedded=embedded)
+    known = [target.name for target in settings.targets]
+    for target in targets or ():
+        if target not in known:
+            raise UnknownTargetError(
+                f"there is no such target; known are: {', '.join(known) or 'none'}.",
+                place=target,
+                remedy=suggest(target, known),
+            )
+    _run_role("deliverer", settings, tuple(targets or known))
+
+
+@app.command(epilog="Example: remitstream sandbox --config examples/three-facilities.toml")
+def sandbox(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
+    """Run the simulated billing systems of all targets."""
+    _run_role("sandbox", _open(config, assignments, embedded=embedded))
+
+
+@app.command(
+    epilog="Example: remitstream run --once --report report.json --events 2000 --config examples/three-facilities.toml"
+)
+def run(
+    *,
+    config: Config = None,
+    assignments: Assignments = None,
+    embedded: Embedded = None,
+    once: Annotated[bool, typer.Option("--once", help="End when all traffic is settled.")] = False,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write the JSON report there.")
+    ] = None,
+    events: Annotated[
+        int | None, typer.Option("--events", min=1, help="Money events to send; default `sandbox.events`.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Seed of the traffic; default `sandbox.seed`.")
+    ] = None,
+) -> None:
+    """Bring everything up on this machine, drive sample traffic through and show it."""
+    settings = _open(config, assignments, embedded=embedded, create_secrets=True)
+    body = _load("runtime.run", "run")
+    _exit(
+        body(
+            settings,
+            once=once,
+            report=report,
+            events=settings.sandbox.events if events is None else events,
+            seed=settings.sandbox.seed if seed is None else seed,
+        )
+    )
+
+
+# ---------------------------------------------------------------- questions
+
+
+@app.command(epilog="Example: remitstream trace pi_3MtwBwLkdIwHu7ix28a3tqPa")
+def trace(
+    *,
+    identifier: Annotated[str, typer.Argument(metavar="ID", help="Event id, or the gateway's transaction id.")],
+    config: Config = None,
+    assignments: Assignments = None,
+    embedded: Embedded = None,
+    as_json: Json = False,
+) -> None:
+    """Tell one event's story from raw record to outcome."""
+    settings = _open_attached(config, assignments, embedded=embedded)
+    output.print_data(_load("runtime.trace", "trace")(settings, identifier), as_json=as_json)
+
+
+@app.command(epilog="Example: remitstream account --since 2026-03-01T00:00:00Z")
+def account(
+    *,
+    since: Annotated[
+        str | None, typer.Option("--since", metavar="TIME", help="ISO 8601; count raw records received from then on.")
+    ] = None,
+    config: Config = None,
+    assignments: Assignments = None,
+    embedded: Embedded = None,
+    as_json: Json = False,
+) -> None:
+    """Balance the books: what was accepted, and what became of it. Exits 1 when anything is lost."""
+    moment = _parse_time(since) if since is not None else None
+    settings = _open_attached(config, assignments, embedded=embedded)
+    balance = _load("runtime.account", "account")(settings, moment)
+    output.print_data(balance, as_json=as_json)
+    _exit(ExitCode.OK if balance["lost"] == 0 else ExitCode.FAILED)
+
+
+# ---------------------------------------------------------------- topics and schemas
+
+
+@topics_app.command("list", epilog="Example: remitstream topics list --json")
+def list_topics(
+    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
+) -> None:
+    """List the topics, what they hold and for how long."""
+    settings = _open(config, assignments, embedded=embedded)
+    topics = {
+        topic.name: {
+            "purpose": topic.purpose,
+            "key": topic.key,
+            "schema": topic.schema,
+            "partitions": topic.partitions or settings.worker.partitions,
+            "cleanup": topic.cleanup,
+            "retention_ms": topic.retention_ms,
+            "phi": topic.phi,
+        }
+        for topic in settings.topics
+    }
+    output.print_data(topics, as_json=as_json)
+
+
+@topics_app.command("apply", epilog="Example: remitstream topics apply --config remitstream.toml")
+def apply_topics(
+    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
+) -> None:
+    """Create what is missing and set what differs; a partition count is never changed."""
+    settings = _open_attached(config, assignments, embedded=embedded)
+    apply = _load("topics.provision", "apply")
+    changes = apply(settings.kafka, settings.topics, partitions=settings.worker.partitions, embedded=settings.embedded)
+    output.print_data({"changes": changes}, as_json=as_json)
+
+
+@topics_app.command("check", epilog="Example: remitstream topics check --json")
+def check_topics(
+    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
+) -> None:
+    """Compare the cluster with the catalog. Exits 1 when anything differs."""
+    settings = _open_attached(config, assignments, embedded=embedded)
+    check = _load("topics.provision", "check")
+    problems = check(settings.kafka, settings.topics, partitions=settings.worker.partitions, embedded=settings.embedded)
+    output.print_data({"problems": problems}, as_json=as_json)
+    _exit(ExitCode.FAILED if problems else ExitCode.OK)
+
+
+@schemas_app.command("check", epilog="Example: remitstream schemas check")
+def check_schemas(
+    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
+) -> None:
+    """Whether every schema in force is registered, or at least compatible."""
+    settings = _open_attached(config, assignments, embedded=embedded)
+    registry = _load("topics.registry", "Registry")(settings.registry)
+    output.print_data({"schemas": _load("topics.registry", "find_ids")(registry, settings.topics)}, as_json=as_json)
+
+
+@schemas_app.command("register", epilog="Example: remitstream schemas register")
+def register_schemas(
+    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
+) -> None:
+    """Register every schema; nothing is changed when one would break older readers."""
+    settings = _open_attached(config, assignments, embedded=embedded)
+    registry = _load("topics.registry", "Registry")(settings.registry)
+    output.print_data(
+        {"schemas": _load("topics.registry", "register_schemas")(registry, settings.topics)}, as_json=as_json
+    )
+
+
+# ---------------------------------------------------------------- embedded stack
+
+
+@stack_app.command("up", epilog="Example: remitstream stack up --config examples/three-facilities.toml")
+def start_stack(
+    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
+) -> None:
+    """Download what is missing, start all three and wait until they answer. They stay up."""
+    commands = importlib.import_module("runtime.commands.stack")
+    stack = commands.open_stack(_open(config, assignments, embedded=embedded, create_secrets=True))
+    output.print_data(stack.up(commands.LineProgress()), as_json=as_json)
+
+
+@stack_app.command("down", epilog="Example: remitstream stack down")
+def stop_stack(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
+    """Stop all three; data stays."""
+    _open_stack(config, assignments, embedded=embedded).down()
+
+
+@stack_app.command("reset", epilog="Example: remitstream stack reset")
+def reset_stack(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
+    """Stop all three and remove their data; downloads stay."""
+    _open_stack(config, assignments, embedded=embedded).reset()
+
+
+@stack_app.command("status", epilog="Example: remitstream stack status --json")
+def show_stack(
+    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
+) -> None:
+    """What each component does. Exits 75 unless all are running."""
+    states = importlib.import_module("runtime.commands.stack").describe(
+        _open_stack(config, assignments, embedded=embedded)
+    )
+    output.print_data(states, as_json=as_json)
+    _exit(ExitCode.OK if all(part["state"] == "running" for part in states.values()) else ExitCode.RETRY)
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@config_app.command("check", epilog="Example: remitstream config check --config remitstream.toml")
+def check_config(
+    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
+) -> None:
+    """Name every wrong setting at once, with line, accepted values and remedy. Nothing is started or changed."""
+    commands = importlib.import_module("runtime.commands.config")
+    try:
+        settings = _open(config, assignments, embedded=embedded)
+    except (SettingsError, MissingFileError, SyntaxIssueError) as error:
+        if not as_json:
+            raise
+        issues = error.list_issues() if isinstance(error, SettingsError) else [_describe_issue(error)]
+        output.print_data({"valid": False, "code": error.code, "issues": issues}, as_json=True)
+        _exit(error.exit_code)
+    else:
+        output.print_data(commands.summarise(settings), as_json=as_json)
+
+
+@config_app.command("show", epilog="Example: remitstream config show --json")
+def show_config(
+    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
+) -> None:
+    """Print every effective setting with its origin. Secrets are shown by reference only."""
+    commands = importlib.import_module("runtime.commands.config")
+    entries = commands.list_settings(_open(config, assignments, embedded=embedded))
+    if as_json:
+        output.print_data(entries, as_json=True)
+    else:
+        typer.echo(commands.render_settings(entries))
+
+
+@app.command(epilog="Example: remitstream init remitstream.toml")
+def init(
+    *,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path("remitstream.toml"),
+) -> None:
+    """Write a configuration file with comments. Never writes over a file."""
+    written = importlib.import_module("runtime.commands.config").write_template(path)
+    typer.echo(f"Wrote {show_path(written)}. Set the variables it names, then run `remitstream config check`.")
+
+
+@mapping_app.command("check", epilog="Example: remitstream mapping check streams/mappings/stripe.yaml")
+def check_mappings(
+    *,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Mapping or overlay files.")],
+    as_json: Json = False,
+) -> None:
+    """Check mapping files against the event schema and run their examples."""
+    checked = _load("runtime.commands.mapping", "check")(files)
+    output.print_data(checked, as_json=as_json)
+
+
+@app.command(epilog="Example: remitstream tables --check")
+def tables(
+    *,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 when a file is stale.")] = False,
+    folder: Annotated[Path, typer.Option("--root", metavar="FOLDER", help="The source tree.")] = Path(),
+) -> None:
+    """Write the generated documents (errors, settings, topics, connectors)."""
+    changed = _load("runtime.tables", "check" if check else "write")(folder)
+    typer.echo("\n".join(f"wrote {path}" for path in changed) or "All generated documents are up to date.")
+
+
+# ---------------------------------------------------------------- shared steps
+
+
+@app.callback(invoke_without_command=True)
+def answer_version(
+    context: typer.Context,
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Money facts between payment gateways and healthcare systems over Kafka."""
+    if version:
+        typer.echo(f"remitstream {installation.read_version()}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(ExitCode.USAGE)
+
+
+def _read_assignments(texts: Sequence[str] | None, *, embedded: bool | None) -> list[tuple[str, str]]:
+    pairs = []
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip("."):
+            raise typer.BadParameter("give KEY=VALUE, for example worker.partitions=8", param_hint="--set")
+        pairs.append((key.strip(), value))
+    if embedded is not None:
+        pairs.append(("stack.embedded", str(embedded).lower()))
+    return pairs
+
+
+def _open(
+    config: Path | None, assignments: Sequence[str] | None, *, embedded: bool | None, create_secrets: bool = False
+) -> Settings:
+    """Read the settings; with ``create_secrets`` the embedded mode's missing secret files are made first."""
+    module = importlib.import_module("runtime.settings")
+    pairs = _read_assignments(assignments, embedded=embedded)
+    if create_secrets:
+        for path in module.ensure_secrets(config, pairs):
+            typer.echo(f"created {show_path(path)}", err=True)
+    settings: Settings = module.read_settings(config, pairs)
+    return settings
+
+
+def _open_attached(config: Path | None, assignments: Sequence[str] | None, *, embedded: bool | None) -> Settings:
+    """Read the settings and find the services."""
+    settings = _open(config, assignments, embedded=embedded)
+    attached: Settings = importlib.import_module("runtime.commands.stack").attach(settings)
+    return attached
+
+
+def _open_stack(config: Path | None, assignments: Sequence[str] | None, *, embedded: bool | None) -> Any:
+    return importlib.import_module("runtime.commands.stack").open_stack(_open(config, assignments, embedded=embedded))
+
+
+def _load(module: str, function: str) -> Callable[..., Any]:
+    body: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return body
+
+
+def _run_role(role: str, settings: Settings, *arguments: Any) -> None:
+    configure = _load("telemetry.log", "configure")
+    configure(settings.log.level, settings.log.format)
+    _exit(_load(f"runtime.roles.{role}", "run")(settings, *arguments))
+
+
+def _exit(code: int) -> None:
+    if code:
+        raise typer.Exit(int(code))
+
+
+def _parse_time(text: str) -> dt.datetime:
+    try:
+        moment = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter("give an ISO 8601 time, such as 2026-03-01T00:00:00Z", param_hint="--since") from None
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=dt.UTC)
+
+
+def _describe_issue(error: OperatorError) -> dict[str, str]:
+    return {
+        "key": "",
+        "place": error.place,
+        "problem": error.detail,
+        "given": "",
+        "accepted": "",
+        "remedy": error.remedy,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in given
+    try:
+        installation.check_packages()
+        app(given, prog_name="remitstream")
+    except OperatorError as error:
+        sys.exit(output.print_error(error, as_json=as_json))
+    except Exception as error:  # noqa: BLE001 - the last line before the user; values must not be shown
+        sys.exit(output.print_error(output.wrap_unexpected(error), as_json=as_json))
+
+
+if __name__ == "__main__":
+    main()
