@@ -45,7 +45,7 @@ class Redaction:
 
 @dataclass(frozen=True, slots=True)
 class IssuerRange:
-    """Card numbers of one network: the first digits lie between ``low`` and ``high``, the length is one of ``lengths``."""
+    """Card numbers of one network: first digits between ``low`` and ``high``, length one of ``lengths``."""
 
     network: str
     low: str
@@ -204,7 +204,7 @@ def _is_card(digits: bytes) -> bool:
 
 
 def _replace(body: bytes, places: Iterable[_Place]) -> tuple[bytes, int]:
-    parts = []
+    parts: list[bytes] = []
     done = count = 0
     for start, end, text in places:
         parts += (body[done:start], text)
@@ -250,7 +250,7 @@ def _find_cards(body: bytes, *, json: bool) -> list[_Place]:
 
 
 def _list_cards(text: bytes, start: int, end: int) -> list[tuple[int, int]]:
-    """Spans of card numbers in a run of digits, spaces and dashes: whole groups of digits, one separator between two."""
+    """Spans of card numbers in a run: whole groups of digits, one space or dash between two."""
     groups = [match.span() for match in _GROUP.finditer(text, start, end)]
     found: list[tuple[int, int]] = []
     first = 0

@@ -37,7 +37,8 @@ class Publisher(Protocol):
 class Intake:
     """Publishes verified events to ``raw.<source>``.
 
-    ``count`` is told ``redactions_total`` (labels source, kind) once for every event and kind of redaction; kinds ``card``, ``track`` and ``security_code`` mean that a sender sends what it must not.
+    ``count`` is told ``redactions_total`` (labels source, kind) once for every event and kind of redaction; the kinds
+    ``card``, ``track`` and ``security_code`` mean that a sender sends what it must not: alert on them.
     ``redact=False`` exists for tests alone: it shows that a search for planted card data can find it.
     """
 

@@ -74,7 +74,7 @@ Page = Callable[[], Answer | Awaitable[Answer]]
 class ReceiverAddressTaken(TemporaryError):
     """The receiver cannot listen."""
 
-    code = "RS240"
+    code = "RS260"
     meaning = "The address of the webhook receiver cannot be bound."
     default_remedy = "Stop what listens there, or choose another port (0 takes a free one)."
 
@@ -82,7 +82,7 @@ class ReceiverAddressTaken(TemporaryError):
 class ReceiverTlsBroken(ConfigurationError):
     """The receiver's certificate or key cannot be used."""
 
-    code = "RS142"
+    code = "RS162"
     meaning = "The receiver's TLS certificate or key cannot be read, or they do not belong together."
     default_remedy = "Name a PEM certificate chain and its unencrypted private key, readable by this user."
 
@@ -90,7 +90,7 @@ class ReceiverTlsBroken(ConfigurationError):
 class AccountWithoutGateway(ConfigurationError):
     """An account names a source that no gateway connector provides."""
 
-    code = "RS143"
+    code = "RS163"
     meaning = "An account names a payment gateway for which there is no connector."
     default_remedy = "Correct the account's `source`."
 
@@ -112,7 +112,9 @@ class _Endpoint:
     secrets: tuple[bytes, ...] = field(repr=False)
 
 
-class _Refused(Exception):  # noqa: N818 - an answer on its way out, not an error
+class _Refused(Exception):
+    """An answer on its way out."""
+
     def __init__(self, status: int, reason: str, *headers: tuple[bytes, bytes]) -> None:
         super().__init__(reason)
         self.answer = Answer(status, b'{"refused":"%b"}' % reason.encode(), headers=headers)
@@ -151,7 +153,15 @@ def build_app(
             tolerance=account.tolerance_seconds,
             secrets=tuple(secret.get_secret_value().encode() for secret in account.secrets),
         )
-    return Receiver(endpoints, intake, count, pages or {}, clock, max_in_flight, body_seconds)
+    return Receiver(
+        endpoints=endpoints,
+        intake=intake,
+        count=count,
+        pages=pages or {},
+        clock=clock,
+        max_in_flight=max_in_flight,
+        body_seconds=body_seconds,
+    )
 
 
 @final
@@ -160,6 +170,7 @@ class Receiver:
 
     def __init__(
         self,
+        *,
         endpoints: Mapping[str, _Endpoint],
         intake: Intake,
         count: Callable[..., None],
@@ -283,8 +294,10 @@ _CLOSE = (b"connection", b"close")
 
 
 def _split(endpoint: _Endpoint, body: bytes) -> list[RawEvent]:
-    """Events of a verified body, keys under the account. What cannot be split is one event without a key: a stream
-    dead-letters it with its reason, and the sender need not try again.
+    """Events of a verified body, keys under the account.
+
+    What cannot be split is one event without a key: a stream dead-letters it with its reason, and the sender need not
+    try again.
     """
     try:
         events = endpoint.gateway.split(body)
@@ -350,6 +363,15 @@ async def _live(receive: Receive, send: Send) -> None:
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets=sockets)
+        self._on_started()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the process: it must still flush its producer after the last answer."""
@@ -390,16 +412,12 @@ async def serve(
         config.load()
     except (OSError, ssl.SSLError) as error:
         raise ReceiverTlsBroken(f"{type(error).__name__}.", place=str(tls.certificate) if tls else "receiver") from None
-    listener = _bind(host, port)
-    server = _Server(config)
-    with listener:
+    with _bind(host, port) as listener:
+        bound_port = listener.getsockname()[1]
+        server = _Server(config, lambda: on_ready(bound_port))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stopping = asyncio.create_task(stop.wait())
         try:
-            while not server.started and not serving.done():
-                await asyncio.sleep(0.005)
-            if server.started:
-                on_ready(listener.getsockname()[1])
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopping.cancel()
@@ -423,5 +441,5 @@ def _bind(host: str, port: int) -> socket.socket:
         raise ReceiverAddressTaken(
             f"cannot listen ({type(error).__name__}, errno {error.errno}).", place=f"{host}:{port}"
         ) from None
-    listener.setblocking(False)
+    listener.setblocking(False)  # noqa: FBT003 - the socket module has it so
     return listener

@@ -1,9 +1,9 @@
 """Stripe: snapshot and thin events, signed with the endpoint's secret.
 
-Read 2026: docs.stripe.com/webhooks and the official Python library (``_webhook.py``). Quirks: only scheme ``v1`` counts;
-while a secret is rolled the header holds several ``v1``; the official check lets a timestamp from the future pass, this
-one does not; events come in no order, and one change may come as several event types. Events of API v2 (``object`` is
-``v2.core.event``) carry no resource.
+Read 2026: docs.stripe.com/webhooks and the official Python library (``_webhook.py``). Quirks: only scheme ``v1``
+counts; while a secret is rolled the header holds several ``v1``; the official check lets a timestamp from the future
+pass, this one does not; events come in no order, and one change may come as several event types. Events of API v2
+(``object`` is ``v2.core.event``) carry no resource.
 """
 
 from __future__ import annotations
@@ -53,25 +53,18 @@ _read_data = msgspec.json.Decoder(_Data | None).decode
 def verify(
     body: bytes, headers: Mapping[str, str], *, secrets: Sequence[bytes], now: float, tolerance: float
 ) -> Verdict:
-    """Check ``Stripe-Signature: t=<seconds>,v1=<hex>[,v1=<hex>]`` over ``<t>.<raw body>`` (HMAC-SHA256, secret as text).
+    """Check ``Stripe-Signature: t=<seconds>,v1=<hex>[,v1=<hex>]``: HMAC-SHA256 over ``<t>.<raw body>``.
 
-    Every secret is tried against every ``v1``. A right signature older, or further in the future, than ``tolerance``
-    seconds is stale. Two header lines (joined by a comma) name two times and are malformed.
+    The key is the endpoint's secret as text, ``whsec_`` included. Every secret is tried against every ``v1``. A right
+    signature older, or further in the future, than ``tolerance`` seconds is stale. Two header lines (joined by a comma)
+    name two times and are malformed.
     """
     header = headers.get(SIGNATURE_HEADER)
     if not header:
         return Verdict(Refusal.SIGNATURE_MISSING, SCHEME)
-    times: list[str] = []
-    signatures: list[bytes] = []
-    for part in header.split(","):
-        name, _, value = part.partition("=")
-        if name == "t":
-            times.append(value)
-        elif name == "v1":
-            signatures.append(value.encode("utf-8", "replace"))
-    if len(times) != 1 or not _SECONDS.match(times[0]) or not signatures:
+    signed_at, signatures = _read_signature(header)
+    if signed_at is None or not signatures:
         return Verdict(Refusal.SIGNATURE_MALFORMED, SCHEME)
-    signed_at = int(times[0])
     signed = b"%d.%b" % (signed_at, body)
     key_id = ""
     for number, secret in enumerate(secrets, 1):
@@ -85,6 +78,20 @@ def verify(
     if abs(now - signed_at) > tolerance:
         return Verdict(Refusal.TIMESTAMP_STALE, SCHEME, key_id, signed_at)
     return Verdict(None, SCHEME, key_id, signed_at)
+
+
+def _read_signature(header: str) -> tuple[int | None, list[bytes]]:
+    """The time, None unless there is exactly one, and every ``v1``."""
+    times: list[str] = []
+    signatures: list[bytes] = []
+    for part in header.split(","):
+        name, _, value = part.partition("=")
+        if name == "t":
+            times.append(value)
+        elif name == "v1":
+            signatures.append(value.encode("utf-8", "replace"))
+    signed_at = int(times[0]) if len(times) == 1 and _SECONDS.match(times[0]) else None
+    return signed_at, signatures
 
 
 def split(body: bytes) -> list[RawEvent]:
