@@ -6,6 +6,7 @@ REQUESTS_CA_BUNDLE is read here, because people behind a hospital's proxy have s
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import fcntl
@@ -20,7 +21,7 @@ import urllib.request
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from runtime.stack.artifacts import digest_file
 from runtime.stack.errors import ChecksumError, DiskSpaceError, DownloadError
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 PARALLEL: Final = 4
 ATTEMPTS: Final = 5
 WRONG_BYTES: Final = 2
+RETRY_PAUSE = 0.5
+"""Seconds before the second attempt; doubled each time up to 8."""
 CHUNK: Final = 1 << 18
 SOCKET_TIMEOUT: Final = 30.0
 SPARE: Final = 64 << 20
@@ -233,7 +236,13 @@ class _Download:
         self._artifact = artifact
         self._target = cache.locate(artifact)
         self._partial = _partial_path(cache, artifact)
-        self._url = f"{root.rstrip('/')}/{artifact.path}"
+        address = urlsplit(f"{root.rstrip('/')}/{artifact.path}")
+        # urllib does not know user and password inside an address, and no error may show them
+        account, _, self._host = address.netloc.rpartition("@")
+        self._url = urlunsplit(address._replace(netloc=self._host))
+        self._headers = {}
+        if account:
+            self._headers["Authorization"] = "Basic " + base64.b64encode(unquote(account).encode()).decode()
         self._opener = opener
         self._tell = tell
         self._signals = signals
@@ -258,7 +267,7 @@ class _Download:
                 fruitless = 1 if self._count_done() > before else fruitless + 1
                 if fruitless >= ATTEMPTS or not _is_worth_repeating(error):
                     raise DownloadError(f"{_describe_reason(error)}.", place=self._describe_place()) from error
-                self._pause(min(0.5 * 2**fruitless, 8.0))
+                self._pause(min(RETRY_PAUSE * 2**fruitless, 8.0))
             else:
                 self._tell(self._artifact, self._artifact.size)
                 return
@@ -270,12 +279,13 @@ class _Download:
             done = 0
         if done == self._artifact.size:
             return
-        request = urllib.request.Request(self._url)  # noqa: S310 - the scheme is checked by check_mirror
+        request = urllib.request.Request(self._url, headers=self._headers)  # noqa: S310 - the scheme is checked by check_mirror
         if done:
             request.add_header("Range", f"bytes={done}-")
         try:
             answer = self._opener.open(request, timeout=SOCKET_TIMEOUT)
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code == _RANGE_REFUSED:
                 self._partial.unlink(missing_ok=True)
             raise
@@ -317,9 +327,7 @@ class _Download:
             raise Cancelled
 
     def _describe_place(self) -> str:
-        # the host without user name and password, which a mirror's address may carry
-        host = urlsplit(self._url).netloc.rpartition("@")[2]
-        return f"download of {self._artifact.name} from {host or 'the local mirror'}"
+        return f"download of {self._artifact.name} from {self._host or 'the local mirror'}"
 
 
 def _is_worth_repeating(error: Exception) -> bool:

@@ -15,7 +15,8 @@ import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from runtime.stack import EmbeddedStack
+from runtime.stack import EmbeddedStack, embedded
+from runtime.stack.errors import PortTakenError
 
 pytestmark = pytest.mark.integration
 
@@ -205,6 +206,31 @@ def test_redis_answers_and_forgets_when_it_is_killed(stack, running):
         talk_to_redis(running.redis_url, b"PING")
     stack.start("redis")
     assert talk_to_redis(running.redis_url, b"GET k") == [b"$-1\r\n"]
+
+
+def test_a_component_that_no_longer_answers_is_replaced(stack, running, monkeypatch):
+    monkeypatch.setattr(embedded, "_PATIENCE_WITH_LIVE", 0.2)
+    frozen = stack.status()
+    monkeypatch.setattr(stack, "_stop_timeout", 0.5)
+    os.kill(frozen["redis"].pid, signal.SIGSTOP)
+    assert stack.status()["redis"].state == "silent"
+    assert stack.up() == running
+    assert talk_to_redis(running.redis_url, b"PING") == [b"+PONG\r\n"]
+    after = stack.status()
+    assert after["redis"].pid != frozen["redis"].pid
+    assert after["kafka"].pid == frozen["kafka"].pid
+
+
+def test_a_start_that_fails_leaves_nothing_running(tmp_path, running):
+    taken = int(running.redis_url.removesuffix("/0").rpartition(":")[2])
+    other = EmbeddedStack(tmp_path / "home", CACHE, ports={"redis": taken})
+    try:
+        with pytest.raises(PortTakenError, match=str(taken)):
+            other.up()
+        assert {s.state for s in other.status().values()} == {"stopped"}
+    finally:
+        other.down()
+    assert talk_to_redis(running.redis_url, b"PING") == [b"+PONG\r\n"]
 
 
 def test_up_on_a_running_stack_changes_nothing(stack, running):
