@@ -54,14 +54,14 @@ class Batch:
             if outputs or self.records:
                 await self.feeder.group.commit(self.number, outputs, self._list_positions(), committed=decision.apply)
         except StaleAssignment:
-            self.feeder.count("transactions_rolled_back", reason="rebalance")
+            self.feeder.roll_back("rebalance")
             return False
         except TransactionAborted:
-            self.feeder.count("transactions_rolled_back", reason="aborted")
+            self.feeder.roll_back("aborted")
             await self.feeder.back_off()
             return False
         except RecordRefused as refusal:
-            self.feeder.count("transactions_rolled_back", reason="record_refused")
+            self.feeder.roll_back("record_refused")
             self.feeder.refuse(self, outputs[refusal.index].cause if refusal.index is not None else None)
             return False
         else:

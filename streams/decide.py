@@ -63,7 +63,8 @@ class Codecs:
     patient: Encoder
     disposition: Encoder
     review: Encoder
-    waiting: Encoder
+    waiting: Encoder | None
+    """None for a source without a waiting room."""
     waiting_reader: Decoder
 
 
@@ -283,6 +284,7 @@ class MoneyDecider:
 
     def encode_waiting_entry(self, entry: WaitingEntry) -> bytes:
         """The stored form of a record on hold."""
+        assert self._codecs.waiting is not None, "every gateway has a waiting room"
         return self._codecs.waiting.encode(entry)
 
     def rebuild(self, room: Room) -> None:

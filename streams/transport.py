@@ -19,16 +19,19 @@ from faust.transport.consumer import Consumer
 from faust.transport.drivers import aiokafka
 from faust.types import TP, ConsumerMessage
 
-from schemas.failure import FatalError, TemporaryError
+from schemas.events import Fate
+from schemas.failure import FatalError, OperatorError, TemporaryError
 from streams.batch import Batch
 from streams.decide import Room
 from streams.state import LINEAGE, SEEN, WAITING, PartitionState
+from telemetry.log import get_log
+from telemetry.metrics import METRICS, Metric, Metrics
 from topics import catalog
 from topics.group import GroupConsumer
 from topics.headers import RawRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from streams.decide import Decider, Decision
@@ -51,15 +54,14 @@ class Feeder:
         slot: int,
         state_folder: Path,
         batch_size: int,
-        count: Callable[..., None],
-        report: Callable[[str, Exception], None],
+        metrics: Metrics = METRICS,
     ) -> None:
         self.deciders = {catalog.name_raw(source): decider for source, decider in deciders.items()}
-        self.count = count
         self.paused: TemporaryError | None = None
         self.rooms: dict[tuple[str, int], Room] = {}
         self._kafka = kafka
-        self._report = report
+        self._metrics = metrics
+        self._log = get_log("worker", slot=slot)
         self._state_folder = state_folder / f"{instance}-{slot}"
         self._batch_size = batch_size
         self._limit = batch_size
@@ -75,7 +77,7 @@ class Feeder:
             transactional_id=f"remitstream.worker.{instance}.{slot}",
             load=self._load,
             release=self._release,
-            report=report,
+            report=self._report,
         )
 
     async def start(self) -> None:
@@ -111,8 +113,21 @@ class Feeder:
         if batch.records:
             self._refused = frozenset()
             self._limit = min(self._batch_size, self._limit * 2)
+        source = self.deciders[batch.topic].source
+        self._metrics.set(Metric.BATCH_RECORDS, len(batch.records), source=source)
         for fate, reason in decision.fates:
-            self.count("records", source=self.deciders[batch.topic].source, fate=fate.value, reason=reason)
+            self._metrics.add(Metric.RECORDS, 1, source=source, fate=fate.value, reason=reason)
+            if fate is Fate.DEAD_LETTERED:
+                self._metrics.add(Metric.DEAD_LETTERS, 1, stage="normalise", code=reason)
+            elif fate is Fate.IN_REVIEW:
+                self._metrics.add(Metric.REVIEWS, 1, source=source, reason=reason)
+        for waiting_source, held in self.measure_waiting().items():
+            self._metrics.set(Metric.WAITING, held, source=waiting_source)
+
+    def roll_back(self, reason: str) -> None:
+        """A transaction was rolled back; say so."""
+        self._metrics.add(Metric.ABORTS, 1, role="worker", reason=reason)
+        self._log.warning("transaction_rolled_back", reason=reason)
 
     def refuse(self, batch: Batch, hop: str | None) -> None:
         """The broker refused a record of the batch. When it is not known which, records go one by one until it is."""
@@ -132,7 +147,7 @@ class Feeder:
         """Pause all partitions until what is down answers again; polling goes on, or the group would evict us."""
         self.paused = error
         self._failures += 1
-        self.count("pauses", reason=error.code)
+        self._metrics.set(Metric.PAUSED, 1, role="worker", reason=error.code)
         self._report("paused", error)
         await self.group.rewind()
         await self.group.pause()
@@ -140,6 +155,7 @@ class Feeder:
         while time.monotonic() < until:
             await self.group.poll(1, 0.1)
         await self.group.resume()
+        self._metrics.set(Metric.PAUSED, 0, role="worker", reason=error.code)
         self.paused = None
 
     def is_ready(self) -> tuple[bool, dict[str, str]]:
@@ -192,6 +208,9 @@ class Feeder:
             headers=record.headers,
             timestamp=record.timestamp,
         )
+
+    def _report(self, event: str, error: OperatorError) -> None:
+        self._log.warning(event, code=error.code, place=error.place)
 
     # Called by the group on a loader thread, and on the consumer's thread.
 
