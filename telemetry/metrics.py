@@ -75,7 +75,8 @@ class Metric(Enum):
     RECORDS = _counter("records_total", "Raw records decided, by fate.", "source", "fate", "reason")
     BATCH_SECONDS = _seconds("batch_seconds", "Time of one batch from read to commit.", "source", buckets=_BATCH)
     BATCH_RECORDS = _gauge("batch_records", "Records of the last batch.", "source")
-    ABORTS = _counter("transaction_aborts_total", "Transactions aborted and read again.", "role", "reason")
+    ABORTS = _counter("transactions_rolled_back_total", "Transactions aborted and read again.", "reason")
+    PAUSES = _counter("pauses_total", "Pauses begun because a dependency is away, by error code.", "reason")
     WAITING = _gauge("waiting_entries", "Records on hold for a patient or a parent.", "source")
     WAITING_AGE = _gauge("waiting_oldest_seconds", "Age of the oldest record on hold.", "source")
     RELEASED = _counter("released_total", "Records that left the waiting room.", "source", "reason")
@@ -165,6 +166,8 @@ class Metrics:
 
     def _find(self, metric: str | Metric, kind: Kind, labels: dict[str, str]) -> Counter | Gauge | Histogram | None:
         name = metric if isinstance(metric, str) else metric.value.name
+        if name not in self._specs and f"{name}_total" in self._specs:
+            name = f"{name}_total"  # the ending belongs to the exposed format; callers may leave it out
         spec = self._specs.get(name)
         if spec is None or spec.kind is not kind or set(labels) != set(spec.labels):
             self._report_misuse(name, labels)

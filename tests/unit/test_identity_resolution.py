@@ -1,5 +1,7 @@
 """From identifier to patient: chains, circles, contradictions, and the same text under two authorities."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,7 +101,7 @@ def test_the_type_of_an_identifier_counts():
 @pytest.mark.parametrize(("steps", "deep"), [(MAX_STEPS, False), (MAX_STEPS + 1, True)])
 def test_chains_are_followed_to_a_limit(steps, deep):
     chain = [ref(f"P{n}") for n in range(steps + 1)]
-    records = [merged(a, b) for a, b in zip(chain, chain[1:], strict=False)] + [active(chain[-1])]
+    records = [merged(a, b) for a, b in pairwise(chain)] + [active(chain[-1])]
     assert resolve(records, chain[0]) == (Ambiguous("MERGE_TOO_DEEP") if deep else Known(chain[-1]))
 
 
