@@ -88,10 +88,16 @@ def listen(*, config: Config = None, assignments: Assignments = None, embedded: 
     _run_role("listener", _open_attached(config, assignments, embedded=embedded))
 
 
-@app.command(epilog="Example: remitstream worker --set worker.instance=host-a")
-def worker(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
+@app.command(epilog="Example: remitstream worker --slot 1 --set worker.instance=host-a")
+def worker(
+    *,
+    slot: Annotated[int, typer.Option("--slot", min=0, max=63, help="Number of this process on this host.")] = 0,
+    config: Config = None,
+    assignments: Assignments = None,
+    embedded: Embedded = None,
+) -> None:
     """Turn raw records into canonical events."""
-    _run_role("worker", _open_attached(config, assignments, embedded=embedded))
+    _run_role("worker", _open_attached(config, assignments, embedded=embedded), slot=slot)
 
 
 @app.command(epilog="Example: remitstream project --config remitstream.toml")
@@ -427,10 +433,8 @@ def _load(module: str, function: str) -> Callable[..., Any]:
     return body
 
 
-def _run_role(role: str, settings: Settings, *arguments: Any) -> None:
-    configure = _load("telemetry.log", "configure")
-    configure(settings.log.level, settings.log.format)
-    _exit(_load(f"runtime.roles.{role}", "run")(settings, *arguments))
+def _run_role(role: str, settings: Settings, *arguments: Any, **options: Any) -> None:
+    _exit(_load(f"runtime.roles.{role}", "run")(settings, *arguments, **options))
 
 
 def _exit(code: int) -> None:

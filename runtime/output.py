@@ -18,7 +18,7 @@ from telemetry.masking import describe_exception
 class UnexpectedError(FatalError):
     """An exception nobody foresaw; only its type and place are told."""
 
-    code = "RS301"
+    code = "RS390"
     meaning = "The program met a situation it does not know; its values are not shown, because they may be private."
     default_remedy = "Report the type and place together with the version; what was processed is accounted for."
 

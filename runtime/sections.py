@@ -19,11 +19,16 @@ class SecretSettings(Strict):
     )
 
 
-class TlsSettings(Strict):
+class CertificateSettings(Strict):
     """Certificate of a server of ours."""
 
     certificate: Path = Field(description="PEM file with the certificate chain.")
     key: Path = Field(description="PEM file with the private key.")
+
+
+class TlsSettings(CertificateSettings):
+    """Certificate of the listener, and whose clients may connect."""
+
     client_ca: Path | None = Field(
         default=None, description="PEM file of the authorities whose clients may connect; none means any client."
     )
@@ -37,7 +42,9 @@ class ReceiverSettings(Strict):
     max_body_bytes: int = Field(
         default=1_048_576, ge=1024, le=4_194_304, description="Larger deliveries are refused with 413."
     )
-    tls: TlsSettings | None = Field(default=None, description="Without it the receiver belongs behind a TLS proxy.")
+    tls: CertificateSettings | None = Field(
+        default=None, description="Without it the receiver belongs behind a TLS proxy."
+    )
 
 
 class ListenerSettings(Strict):

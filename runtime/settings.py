@@ -66,7 +66,12 @@ class Settings(BaseSettings):
     """All settings of one deployment: one tenant, its facilities, accounts, feeds, targets, and where things run."""
 
     model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix=PREFIX, env_nested_delimiter="__", case_sensitive=False
+        extra="forbid",
+        frozen=True,
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+        case_sensitive=False,
     )
 
     tenant: Name = Field(description="Name of the organisation.")
@@ -220,7 +225,11 @@ def _find_file(path: Path | None) -> Path | None:
 
 
 def _list_variables() -> list[str]:
-    return [name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in _NOT_SETTINGS]
+    return [
+        name
+        for name, text in os.environ.items()
+        if text and name.upper().startswith(PREFIX) and name.upper() not in _NOT_SETTINGS
+    ]
 
 
 def _merge(file: Path | None, overrides: tuple[tuple[str, str], ...]) -> Merged:

@@ -30,7 +30,7 @@ _JSON = "application/vnd.schemaregistry.v1+json"
 class RegistryUnreachable(TemporaryError):
     """The registry does not answer."""
 
-    code = "RS220"
+    code = "RS212"
     meaning = "The schema registry does not answer."
     default_remedy = "Check `registry.url` and that the registry is up; processing pauses and goes on by itself."
 
@@ -38,7 +38,7 @@ class RegistryUnreachable(TemporaryError):
 class SchemaMissing(ConfigurationError):
     """A schema in force is not registered."""
 
-    code = "RS221"
+    code = "RS110"
     meaning = "A schema this version writes is not registered under its subject."
     default_remedy = "Run `remitstream schemas register` before starting this version."
 
@@ -46,7 +46,7 @@ class SchemaMissing(ConfigurationError):
 class SchemaBreak(FatalError):
     """A schema would break readers or writers of older versions."""
 
-    code = "RS222"
+    code = "RS311"
     meaning = "A schema is not FULL_TRANSITIVE compatible with the registered versions."
     default_remedy = "Give new fields a default, remove none without one; deploy the schema only when the check passes."
 

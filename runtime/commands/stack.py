@@ -17,7 +17,7 @@ _LARGE = 10_000_000
 class StackDownError(TemporaryError):
     """The embedded stack is asked for and does not run."""
 
-    code = "RS230"
+    code = "RS290"
     meaning = "The settings ask for the embedded stack, and it is not running."
     default_remedy = "Run `remitstream stack up` with the same settings, or set the addresses of your own services."
 
