@@ -64,7 +64,7 @@ class ProcessConfigurationError(ConfigurationError):
 class ProcessNotReadyError(TemporaryError):
     """A process runs but does not become ready."""
 
-    code = "RS230"
+    code = "RS225"
     meaning = "One of our processes was not ready in time."
     default_remedy = "Read the named log file, then run the same command again."
 

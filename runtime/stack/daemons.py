@@ -51,17 +51,33 @@ def read_start_time(pid: int) -> str | None:
         # ends, its first thread may be a zombie already and others still hold the port.
         dead = fields[0] in {"Z", "X"} and int(fields[17]) <= 1
         return None if dead else f"{boot}:{fields[19]}"
-    answer = subprocess.run(
-        ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
-    )
-    state, _, started = answer.stdout.strip().partition(" ")
-    return None if not state or state.startswith("Z") else started.strip()
+    state, _, started = _ask_ps(pid, "stat", "lstart").partition(" ")
+    return None if not state or state.startswith("Z") else " ".join(started.split())
 
 
 def read_resident_bytes(pid: int) -> int | None:
     """Resident memory of a process; None when it is gone."""
-    answer = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return int(answer.stdout) * 1024 if answer.stdout.strip() else None
+    if _ON_LINUX:
+        try:
+            # second field of statm: resident pages (proc(5))
+            return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+    kibibytes = _ask_ps(pid, "rss")
+    return int(kibibytes) * 1024 if kibibytes else None
+
+
+def _ask_ps(pid: int, *columns: str) -> str:
+    """One line of ps, in a fixed language and time zone, because it is compared with what an earlier command wrote."""
+    wanted = [word for column in columns for word in ("-o", f"{column}=")]
+    answer = subprocess.run(
+        ["ps", *wanted, "-p", str(pid)],
+        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return answer.stdout.strip()
 
 
 class Daemon:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.stack import EmbeddedStack
+from runtime.stack import EmbeddedStack, daemons
 from runtime.stack.components import Kafka, Redis, check_platform, explain_redis_failure
 from runtime.stack.daemons import Daemon, read_resident_bytes, read_start_time
 from runtime.stack.embedded import Cache
@@ -33,8 +33,13 @@ def is_alive(pid):
     return bool(state.strip()) and not state.startswith("Z")
 
 
-@pytest.fixture
-def daemon(tmp_path):
+@pytest.fixture(params=["proc", "ps"])
+def daemon(request, tmp_path, monkeypatch):
+    """Once by way of /proc, as on Linux, and once by way of ps, as on macOS."""
+    if request.param == "ps":
+        monkeypatch.setattr(daemons, "_ON_LINUX", False)
+    elif sys.platform != "linux":
+        pytest.skip("no /proc")
     daemon = Daemon(tmp_path / "x.pid")
     yield daemon
     daemon.kill()
@@ -100,7 +105,15 @@ def test_a_damaged_pid_file_counts_as_none(daemon, tmp_path):
     assert not (tmp_path / "x.pid").exists()
 
 
-def test_a_zombie_counts_as_gone():
+def test_a_start_time_does_not_depend_on_the_callers_clock_settings(daemon, tmp_path, monkeypatch):
+    identity = spawn(daemon, tmp_path)
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    assert daemon.find() == identity
+
+
+def test_a_zombie_counts_as_gone(daemon):
+    del daemon  # only for its two ways of asking
     child = subprocess.Popen([sys.executable, "-c", FOREVER], stdout=subprocess.DEVNULL)
     assert read_start_time(child.pid) is not None
     child.kill()
