@@ -14,6 +14,7 @@ import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -109,7 +110,7 @@ _LONG_RUN = b"0" * 12
 _RUN = re.compile(rb"[0-9][0-9 -]{10,}[0-9]")
 _GROUP = re.compile(rb"[0-9]+")
 
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_STRING = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"?', re.DOTALL)
 _ESCAPE = re.compile(rb"\\(?:u[0-9A-Fa-f]{4}|.)", re.DOTALL)
 _NUMBER_BYTES = frozenset(b"0123456789+-.eE")
 
@@ -155,10 +156,9 @@ _CODE_MEMBER = re.compile(
 _CODE_MEMBER_HINTS = (b'"c', b'"pin', b'"security', b'"verification')
 
 # A flat object under "metadata" holds the user's own fields (mappings read them): taken whole, left as it is.
-_KEPT_OBJECT = rb'"metadata"\s*+:\s*+\{[^{}"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^{}"]*+)*+\}'
+_KEPT_OBJECT = rb'"(?<!\\")metadata"\s*+:\s*+\{[^{}"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^{}"]*+)*+\}'
 _MEMBER_VALUE = rb'\s*+:\s*+"(?!\[redacted\](?:"|\Z))([^"\\]*+(?:\\.[^"\\]*+)*+)'
 _ESCAPED_NAME = re.compile(rb'\\u00[2-7][0-9A-Fa-f](?:[^"\\]|\\.)*+"\s*+:', re.DOTALL)
-_ANY_MEMBER = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"' + _MEMBER_VALUE, re.DOTALL)
 
 _Place = tuple[int, int, bytes]
 
@@ -315,7 +315,7 @@ def _find_codes(lowered: bytes, pattern: re.Pattern[bytes], *, json: bool) -> li
 @lru_cache(maxsize=64)
 def _compile_members(names: frozenset[str]) -> re.Pattern[bytes]:
     words = b"|".join(re.escape(name.encode()) for name in sorted(names))
-    return re.compile(_KEPT_OBJECT + rb'|"(?:' + words + rb')"' + _MEMBER_VALUE, re.DOTALL)
+    return re.compile(_KEPT_OBJECT + rb'|"(?<!\\")(?:' + words + rb')"' + _MEMBER_VALUE, re.DOTALL)
 
 
 def _find_members(body: bytes, names: frozenset[str]) -> list[_Place]:
@@ -326,9 +326,12 @@ def _find_members(body: bytes, names: frozenset[str]) -> list[_Place]:
     ]
     if b"\\u00" in body and _ESCAPED_NAME.search(body):
         places += [
-            (*match.span(2), MEMBER_TEXT)
-            for match in _ANY_MEMBER.finditer(body)
-            if match[2] and b"\\" in match[1] and _read_name(match[1]) in names
+            (*value.span(1), MEMBER_TEXT)
+            for name, value in pairwise(_STRING.finditer(body))
+            if b"\\" in name[1]
+            and body[name.end() : value.start()].strip() == b":"
+            and value[1] not in (b"", MEMBER_TEXT)
+            and _read_name(name[0]) in names
         ]
         places.sort()
     return places
@@ -336,6 +339,6 @@ def _find_members(body: bytes, names: frozenset[str]) -> list[_Place]:
 
 def _read_name(escaped: bytes) -> str:
     try:
-        return msgspec.json.decode(b'"' + escaped + b'"', type=str)
+        return msgspec.json.decode(escaped, type=str)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return ""
