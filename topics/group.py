@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, TopicPartition
@@ -22,6 +22,7 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, To
 from schemas.failure import FatalError, OperatorError, TemporaryError
 from topics import frontier
 from topics.cluster import KafkaUnreachable, describe_topic_ids, name_error
+from topics.lease import STATISTICS_INTERVAL_MS, Lease
 from topics.reading import Record, TopicReader
 from topics.transaction import Output, ProcessFenced, RecordRefused, TransactionAborted, Transactor
 
@@ -57,12 +58,11 @@ class Polled:
 
 @dataclass(slots=True)
 class _Owned:
-    """What is known of an assigned partition."""
+    """What is known of an assigned partition; ``frontier`` is the next offset to be processed."""
 
-    frontier: int = 0
+    frontier: int
     active: bool = False
     paused: bool = False
-    loading_since: float = field(default_factory=time.monotonic)
 
 
 class GroupConsumer:
@@ -89,7 +89,7 @@ class GroupConsumer:
         self.topics = list(topics)
         self.number = 0
         self.failure: OperatorError | None = None
-        self.last_heartbeat = time.monotonic()
+        self._lease = Lease()
         self._kafka = kafka
         self._instance = instance
         self._load = load
@@ -101,7 +101,7 @@ class GroupConsumer:
         self._transactor = Transactor(kafka, transactional_id)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kafka-{group}")
         self._loaders = ThreadPoolExecutor(4, thread_name_prefix=f"load-{group}")
-        self._fenced_in_a_row = 0
+        self._all_paused = False
         self._closed = False
 
     async def start(self) -> None:
@@ -140,6 +140,11 @@ class GroupConsumer:
         """Subscribed, and every assigned partition is loaded."""
         return self.failure is None and self.number > 0 and all(owned.active for owned in self._owned.values())
 
+    @property
+    def last_heartbeat(self) -> float:
+        """Steady time of the last heartbeat known to have reached the coordinator under this membership."""
+        return self._lease.renewed_at
+
     def frontiers(self) -> dict[Partition, int]:
         """Frontier of every active partition."""
         return {key: owned.frontier for key, owned in self._owned.items() if owned.active}
@@ -175,6 +180,7 @@ class GroupConsumer:
             )
         self._transactor.open()
         session = self._kafka.session_timeout_seconds * 1000
+        self._lease = Lease()
         self._consumer = Consumer(
             self._kafka.build_client(self._instance)
             | {
@@ -192,6 +198,8 @@ class GroupConsumer:
                 "fetch.wait.max.ms": 20,
                 "fetch.queue.backoff.ms": 10,
                 "queued.max.messages.kbytes": 32_768,
+                "statistics.interval.ms": STATISTICS_INTERVAL_MS,
+                "stats_cb": self._lease.take_statistics,
             }
         )
         self._consumer.subscribe(
@@ -228,7 +236,7 @@ class GroupConsumer:
             return None
         owned = self._owned.get((message.topic(), message.partition()))
         if owned is None or not owned.active:
-            return None
+            raise PositionBroken("a record of a partition that is not active.", place=message.topic())
         if message.offset() < owned.frontier:
             raise PositionBroken(
                 f"offset {message.offset()} below {owned.frontier}.", place=f"{message.topic()}[{message.partition()}]"
@@ -266,9 +274,6 @@ class GroupConsumer:
         except (TransactionAborted, RecordRefused):
             self._rewind()
             raise
-        except ProcessFenced:
-            self._fenced_in_a_row += 1
-            raise
         for key, offset in positions.items():
             self._owned[key].frontier = offset
         committed()
@@ -292,13 +297,20 @@ class GroupConsumer:
 
     def _on_assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
         self.number += 1
-        consumer.incremental_assign([TopicPartition(p.topic, p.partition, OFFSET_END) for p in partitions])
+        keys = [(partition.topic, partition.partition) for partition in partitions]
+        try:
+            starts = self._find_starts(keys)
+        except OperatorError as error:
+            self.failure = error
+            starts = dict.fromkeys(keys, OFFSET_END)
+        # The position is exact from the first fetch on; a seek just after an assignment may be lost in the client.
+        consumer.incremental_assign([TopicPartition(*key, offset) for key, offset in starts.items()])
         consumer.pause(partitions)
         self._rewind()
-        for partition in partitions:
-            key = (partition.topic, partition.partition)
-            self._owned[key] = owned = _Owned()
-            self._loaders.submit(self._prepare, key, owned)
+        if self.failure is None:
+            for key in keys:
+                self._owned[key] = owned = _Owned(starts[key])
+                self._loaders.submit(self._prepare, key, owned)
 
     def _on_revoke(self, consumer: Any, partitions: list[TopicPartition]) -> None:
         self.number += 1
@@ -309,29 +321,56 @@ class GroupConsumer:
         self._rewind()
 
     def _set_paused(self, partitions: Sequence[Partition] | None, paused: bool) -> None:  # noqa: FBT001
-        keys = [key for key in (partitions or list(self._owned)) if key in self._owned]
-        for key in keys:
-            self._owned[key].paused = paused
-        chosen = [TopicPartition(*key) for key in keys if self._owned[key].active]
-        if not chosen:
-            return
-        if paused:
-            self._consumer.pause(chosen)
-        else:
-            self._consumer.resume(chosen)
+        if partitions is None:
+            self._all_paused = paused
+        for key in partitions or ():
+            if key in self._owned:
+                self._owned[key].paused = paused
+        chosen = {True: [], False: []}
+        for key, owned in self._owned.items():
+            if owned.active:
+                chosen[self._all_paused or owned.paused].append(TopicPartition(*key))
+        self._consumer.pause(chosen[True])
+        self._consumer.resume(chosen[False])
 
     def _shut(self) -> None:
         if self._consumer is not None:
             self._consumer.close()
         self._transactor.close()
 
-    # These two run on a loader thread, then hand over to the consumer's thread.
+    def _find_starts(self, keys: Sequence[Partition]) -> dict[Partition, int]:
+        """Frontier of each partition, after every predecessor's transaction on it is decided."""
+        if not keys:
+            return {}
+        current = describe_topic_ids(self._kafka, self.topics)
+        for topic, partition in keys:
+            if current.get(topic) != self.topic_ids[topic]:
+                raise frontier.FrontierLost("the topic was deleted and made again while this process ran.", place=topic)
+            frontier.await_pending_offsets(self._kafka, self.group, topic, partition)
+        known = frontier.read_frontiers(self._kafka, self.group)
+        starts: dict[Partition, int] = {}
+        for topic in {topic for topic, _ in keys}:
+            reader = TopicReader(self._kafka, topic)
+            try:
+                reader.assign({}, [partition for name, partition in keys if name == topic])
+                begins, ends = reader.start_offsets(), reader.end_offsets()
+            finally:
+                reader.close()
+            for partition, begin in begins.items():
+                start = known.get((current[topic], partition), begin)
+                if not begin <= start <= ends[partition]:
+                    raise frontier.FrontierLost(
+                        f"frontier {start}, log from {begin} to {ends[partition]}.", place=f"{topic}[{partition}]"
+                    )
+                starts[topic, partition] = start
+        return starts
+
+    # This runs on a loader thread, then hands over to the consumer's thread.
 
     def _prepare(self, key: Partition, owned: _Owned) -> None:
         wait = 0.2
         while self._owned.get(key) is owned and not self._closed:
             try:
-                start = self._find_start(*key)
                 self._load(*key)
             except TemporaryError as error:
                 self._report("partition_load_failed", error)
@@ -345,39 +384,13 @@ class GroupConsumer:
                 return
             else:
                 if not self._closed:
-                    self._thread.submit(self._activate, key, owned, start)
+                    self._thread.submit(self._activate, key, owned)
                 return
 
-    def _find_start(self, topic: str, partition: int) -> int:
-        frontier.await_pending_offsets(self._kafka, self.group, topic, partition)
-        place = f"{topic}[{partition}]"
-        current = describe_topic_ids(self._kafka, [topic]).get(topic)
-        if current != self.topic_ids[topic]:
-            raise frontier.FrontierLost("the topic was deleted and made again while this process ran.", place=place)
-        known = frontier.read_frontiers(self._kafka, self.group).get((current, partition))
-        reader = TopicReader(self._kafka, topic)
-        try:
-            reader.assign({}, [partition])
-            log_start = reader.start_offsets()[partition]
-            log_end = reader.end_offsets()[partition]
-        finally:
-            reader.close()
-        if known is None:
-            return log_start
-        if known < log_start:
-            raise frontier.FrontierLost(f"frontier {known}, log start {log_start}.", place=place)
-        if known > log_end:
-            raise frontier.FrontierLost(f"frontier {known}, log end {log_end}.", place=place)
-        return known
-
-    def _activate(self, key: Partition, owned: _Owned, start: int) -> None:
+    def _activate(self, key: Partition, owned: _Owned) -> None:
         if self._owned.get(key) is not owned:
+            self._release(*key)
             return
-        try:
-            self._seek(*key, start)
-            owned.frontier = start
-            owned.active = True
-            if not owned.paused:
-                self._consumer.resume([TopicPartition(*key)])
-        except (KafkaException, OperatorError) as error:
-            self.failure = error if isinstance(error, OperatorError) else FatalError(name_error(error), place=str(key))
+        owned.active = True
+        if not owned.paused and not self._all_paused:
+            self._consumer.resume([TopicPartition(*key)])
