@@ -28,6 +28,7 @@ class Deframer:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
+        self._head_length = min(limit, _HEAD)
         self._buffer = bytearray()
         self._inside = False
         self._searched = 0
@@ -60,7 +61,7 @@ class Deframer:
             if head is not None:
                 yield Frame(head, is_whole=False)
             elif end > self._limit:
-                yield Frame(content[:_HEAD], is_whole=False)
+                yield Frame(content[: self._head_length], is_whole=False)
             else:
                 yield Frame(self._skip_abandoned(content))
 
@@ -80,7 +81,7 @@ class Deframer:
 
     def _keep_open(self) -> None:
         if self._head is None and len(self._buffer) > self._limit:
-            self._head = bytes(self._buffer[:_HEAD])
+            self._head = bytes(self._buffer[: self._head_length])
         if self._head is not None:
             # The last byte may be the first half of the end mark.
             self.dropped += max(len(self._buffer) - 1, 0)
