@@ -7,6 +7,7 @@ yet is ``pending``; ``lost`` is the difference, and must be 0. It reads the topi
 
 from __future__ import annotations
 
+import datetime as dt
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -278,3 +279,8 @@ class _Books:
             else:
                 latest[record.key or b""] = record.value
         yield from latest.values()
+
+
+def account(settings: Settings, since: dt.datetime | None) -> dict[str, Any]:
+    """The account as data, for the command line; of the records received since a moment, or of all."""
+    return balance_books(settings, round(since.timestamp() * 1000) if since is not None else 0).build_report()

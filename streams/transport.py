@@ -17,6 +17,7 @@ import faust
 import yarl
 from faust.transport.consumer import Consumer
 from faust.transport.drivers import aiokafka
+from faust.transport.producer import Producer
 from faust.types import TP, ConsumerMessage
 
 from schemas.events import Fate
@@ -229,7 +230,7 @@ class Feeder:
             room.state.close()
 
 
-class BatchConsumer(Consumer):  # type: ignore[misc]
+class BatchConsumer(Consumer):
     """Faust's view of the feeder: one virtual partition per raw topic, always assigned, never committed by Faust."""
 
     feeder: Feeder
@@ -346,17 +347,35 @@ class BatchConsumer(Consumer):  # type: ignore[misc]
         """Nothing beyond ``on_stop``."""
 
 
-class Transport(aiokafka.Transport):  # type: ignore[misc]
-    """Faust's aiokafka transport with our consumer; its producer is never used."""
+class SilentProducer(Producer):
+    """Faust's producer, never started and never used: outputs go out in the batch's transaction only."""
+
+    async def on_start(self) -> None:
+        """Nothing: no connection is made."""
+
+    async def on_stop(self) -> None:
+        """Nothing."""
+
+    async def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def supports_headers(self) -> bool:
+        """Nothing is sent."""
+        return True
+
+
+class Transport(aiokafka.Transport):
+    """Faust's transport with our consumer and no producer."""
 
     Consumer = BatchConsumer
+    Producer = SilentProducer
 
     def __init__(self, app: Any, feeder: Feeder) -> None:
         super().__init__([yarl.URL("kafka://feeder")], app)
         self.feeder = feeder
 
 
-class Unchanged(faust.Codec):  # type: ignore[misc]
+class Unchanged(faust.Codec):
     """Hands a batch through: decoding belongs to the decider, so that one bad record is one dead letter."""
 
     def loads(self, value: Any) -> Any:

@@ -63,6 +63,8 @@ class _Owned:
     frontier: int
     active: bool = False
     paused: bool = False
+    placed: bool = True
+    """Just assigned or sought: the first record is checked against the frontier."""
 
 
 class GroupConsumer:
@@ -241,6 +243,9 @@ class GroupConsumer:
             raise PositionBroken(
                 f"offset {message.offset()} below {owned.frontier}.", place=f"{message.topic()}[{message.partition()}]"
             )
+        if owned.placed:
+            owned.placed = False
+            self._check_gap(message.topic(), message.partition(), owned.frontier, message.offset())
         return Record(
             message.topic(),
             message.partition(),
@@ -250,6 +255,20 @@ class GroupConsumer:
             message.headers() or [],
             message.timestamp()[1],
         )
+
+    def _check_gap(self, topic: str, partition: int, start: int, offset: int) -> None:
+        """Between a position we set and the first record may lie transaction markers and aborted records only."""
+        if offset == start:
+            return
+        reader = TopicReader(self._kafka, topic)
+        try:
+            reader.assign({partition: start}, [partition])
+            while reader.positions()[partition] < offset:
+                skipped = [record for record in reader.poll(1, 0.2) if record.offset < offset]
+                if skipped:
+                    raise PositionBroken(f"offset {skipped[0].offset} was skipped.", place=f"{topic}[{partition}]")
+        finally:
+            reader.close()
 
     def _commit(
         self,
@@ -282,6 +301,7 @@ class GroupConsumer:
         for (topic, partition), owned in self._owned.items():
             if owned.active:
                 self._seek(topic, partition, owned.frontier)
+                owned.placed = True
 
     def _seek(self, topic: str, partition: int, offset: int) -> None:
         for attempt in range(50):
@@ -326,7 +346,7 @@ class GroupConsumer:
         for key in partitions or ():
             if key in self._owned:
                 self._owned[key].paused = paused
-        chosen = {True: [], False: []}
+        chosen: dict[bool, list[TopicPartition]] = {True: [], False: []}
         for key, owned in self._owned.items():
             if owned.active:
                 chosen[self._all_paused or owned.paused].append(TopicPartition(*key))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from streams.decide import Decider
 
 
-class _FaustWorker(faust.Worker):  # type: ignore[misc]
+class _FaustWorker(faust.Worker):
     """Faust's worker inside our process: our log and our signal handling."""
 
     def install_signal_handlers(self) -> None:
