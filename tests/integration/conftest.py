@@ -109,7 +109,7 @@ class Deployment:
         register_schemas(Registry(self.settings.registry), self.settings.topics)
 
     def start(self, command: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen:
-        """Start a role as its own process: ``receive``, ``listen``, ``project``, ``worker``, ``deliver``, ``sandbox``."""
+        """Start a role (``receive``, ``listen``, ``project``, ``worker``, ``deliver``, ``sandbox``) as a process."""
         with (self.folder / f"{command}.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "runtime.cli", command, *arguments, *self.settings.list_arguments()],
