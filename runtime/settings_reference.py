@@ -23,8 +23,8 @@ from sinks.contract import TargetSettings
 INTRODUCTION = """\
 # Configuration
 
-One file, `remitstream.toml`. `remitstream init` writes it with comments, `remitstream config check` names every mistake
-at once, `remitstream config show` tells where each value comes from.
+One file, `remitstream.toml`. `remitstream init` writes it with comments, `remitstream config check` names every
+mistake at once, `remitstream config show` tells where each value comes from.
 
 ## Where a value comes from
 
@@ -38,9 +38,9 @@ at once, `remitstream config show` tells where each value comes from.
 - The file is `--config FILE`, else `$REMITSTREAM_CONFIG`, else `remitstream.toml` in the working directory. Without a
   file, everything may come from variables and flags.
 - An element of a list goes by its name, in variables in upper case and with `_` for `-`:
-  `--set targets.epic-north.port=2575`, `REMITSTREAM_TARGETS__EPIC_NORTH__PORT=2575`. The tables say `NAME` there. Lists
-  are JSON: `REMITSTREAM_TARGETS__EPIC_NORTH__FACILITIES=["north"]`. New elements are added in the file, or by giving the
-  whole list as JSON (`REMITSTREAM_TARGETS=[...]`).
+  `--set targets.epic-north.port=2575`, `REMITSTREAM_TARGETS__EPIC_NORTH__PORT=2575`. The tables say `NAME` there.
+  Lists are JSON: `REMITSTREAM_TARGETS__EPIC_NORTH__FACILITIES=["north"]`. New elements are added in the file, or by
+  giving the whole list as JSON (`REMITSTREAM_TARGETS=[...]`).
 - `--embedded` and `--no-embedded` stand for `--set stack.embedded=true` and `=false`.
 - An empty variable counts as not set.
 - Relative paths begin in the folder of the file they are written in; those of variables and flags in the working

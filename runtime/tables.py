@@ -28,8 +28,8 @@ for the name of a target instance. Topics marked PHI need their own access rules
 CONNECTORS_INTRODUCTION = """\
 # Connectors
 
-Status `sandbox` means proved against simulators and the vendors' published vectors, `live` against the vendor's own test
-system.\
+Status `sandbox` means proved against simulators and the vendors' published vectors, `live` against the vendor's own
+test system.\
 """
 
 ERRORS_INTRODUCTION = """\
