@@ -218,6 +218,14 @@ class TestPublishing:
             assert await peer.read_codes(1) == [("AA", "M1")]
         assert desk.intake.published[0]["events"][0].body == message
 
+    @pytest.mark.parametrize("mark", [b"\r\n", b"\xef\xbb\xbf", b"\n\xef\xbb\xbf"])
+    async def test_what_stands_before_the_header_is_kept_and_does_no_harm(self, mark):
+        async with run() as desk:
+            peer = await desk.call()
+            peer.send(frame(mark + build_message()))
+            assert await peer.read_codes(1) == [("AA", "M1")]
+        assert desk.intake.published[0]["events"][0].body == mark + build_message()
+
     async def test_a_sender_known_by_its_whole_field(self):
         async with run() as desk:
             peer = await desk.call()

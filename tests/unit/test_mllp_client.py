@@ -236,7 +236,7 @@ class TestKeptConnections:
         receiver = Receiver(say(build_ack(b"<id>"), build_ack(b"2")))
         async with connect(receiver) as client:
             await client.send(MESSAGE % b"1", "1", deadline=5)
-            await asyncio.sleep(0.1)
+            await asyncio.wait_for(receiver.closed.get(), 5)
             await client.send(MESSAGE % b"2", "2", deadline=5)
         assert receiver.list_control_ids() == [b"1", b"2"]
         assert receiver.connections == 2
@@ -252,6 +252,25 @@ class TestKeptConnections:
                 await client.send(MESSAGE % number, number.decode(), deadline=5)
                 await asyncio.wait_for(receiver.closed.get(), 5)
         assert receiver.list_control_ids() == [b"1", b"2", b"3", b"4", b"5"]
+
+    @pytest.mark.parametrize("last_words", [b"", build_ack(b"2")])
+    async def test_what_the_event_loop_has_not_seen_yet_counts_too(self, last_words):
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.setblocking(False)
+            async with MllpClient("127.0.0.1", server.getsockname()[1]) as client:
+                received = []
+                for number in (b"1", b"2"):
+                    call = asyncio.create_task(client.send(MESSAGE % number, number.decode(), deadline=5))
+                    connection, _ = await asyncio.wait_for(loop.sock_accept(server), 5)
+                    with connection:
+                        received.append(await loop.sock_recv(connection, 4096))
+                        await loop.sock_sendall(connection, build_ack(number))
+                        assert await call == build_ack(number)[1:-2]
+                        # These bytes and the end are in the kernel when the next call starts.
+                        connection.setblocking(True)
+                        connection.sendall(last_words)
+        assert received == [b"\x0b" + MESSAGE % number + b"\x1c\r" for number in (b"1", b"2")]
 
     @pytest.mark.parametrize("connections", [1, 3])
     async def test_one_message_in_flight_per_connection(self, connections):
