@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 CARD_TEXT = b"[card redacted]"
 TRACK_TEXT = b"[track redacted]"
@@ -117,47 +117,44 @@ _NUMBER_BYTES = frozenset(b"0123456789+-.eE")
 # ISO/IEC 7813: track 1 is %B<number>^<name>^<yymm>...?, track 2 is ;<number>=<yymm>...? (D for = in chip data).
 # HL7 v2 writes the caret of a text as \S\.
 _TRACK_1 = re.compile(
-    rb"(%?)[Bb]([0-9 ]{12,23})(?:\^|\\S\\)[^\^?\"\r\n|]{2,40}?(?:\^|\\S\\)[0-9]{4}[^\^?\"\\\r\n|]{0,90}\??"
+    rb"[Bb]([0-9 ]{12,23})(?:\^|\\S\\)[^\^?\"\r\n|]{2,40}?(?:\^|\\S\\)[0-9]{4}[^\^?\"\\\r\n|]{0,90}\??"
 )
-_TRACK_2 = re.compile(rb"(;?)(?<![0-9])([0-9]{12,19})[=D][0-9]{7}[0-9=]{0,40}\??")
+_TRACK_2 = re.compile(rb"([0-9]{12,19})[=D][0-9]{7}[0-9=]{0,40}\??")
 
-# Matched against the lower-cased body, so that the literal beginnings keep the search fast.
+# Matched against the lower-cased body; each begins with the literal beside it, which keeps the search fast.
+_CODE_SUFFIX = rb"(?:[ _-]?(?:code|number|no\.?|value|block))?"
 _LINK = rb"[\\\"' ]{0,4}(?:[:=#-]| ?is )?[\\\"' ]{0,4}"
-_CODE_SUFFIX = rb"(?:[ _-]?(?:code|number|no\.?|value))?"
-_CODE_TEXTS = (
-    (b"cv", re.compile(rb"cv(?<![a-z0-9]cv)[vcn]2?" + _CODE_SUFFIX + _LINK + rb"([0-9]{3,4})(?![0-9])")),
-    (b"csc", re.compile(rb"csc(?<![a-z0-9]csc)" + _CODE_SUFFIX + _LINK + rb"([0-9]{3,4})(?![0-9])")),
-    (b"cav2", re.compile(rb"cav2" + _CODE_SUFFIX + _LINK + rb"([0-9]{3,4})(?![0-9])")),
-    (b"security", re.compile(rb"security[ _-]?code" + _LINK + rb"([0-9]{3,4})(?![0-9])")),
-    (
-        b"verification",
-        re.compile(
-            rb"verification(?<=card.verification|.cardverification)[ _-]?(?:code|value|number)"
-            + _LINK
-            + rb"([0-9]{3,4})(?![0-9])"
-        ),
-    ),
-    # "pin" alone is a common beginning of words; a colon, an equals sign or "is" must follow.
-    (
-        b"pin",
-        re.compile(
-            rb"pin(?<![a-z0-9]pin)(?:[ _-]?(?:code|number|no\.?|block))?"
-            rb"[\\\"' ]{0,4}(?:[:=]| is )[\\\"' ]{0,4}([0-9]{4,12})(?![0-9])"
-        ),
-    ),
+_CODE_NAMES = (
+    (b"cv", rb"cv(?:(?<![a-z0-9]cv)|(?<=cardcv))[vcn]2?" + _CODE_SUFFIX),
+    (b"csc", rb"csc(?:(?<![a-z0-9]csc)|(?<=cardcsc))" + _CODE_SUFFIX),
+    (b"cav2", rb"cav2" + _CODE_SUFFIX),
+    (b"security", rb"security[ _-]?code" + _CODE_SUFFIX),
+    (b"verification", rb"verification(?<=card.verification|.cardverification)[ _-]?(?:code|value|number)"),
 )
-_CODE_MEMBER = re.compile(
-    rb'"(?:card[ _-]?)?(?:cv[vcn]2?|csc|cav2|security[ _-]?code|(?<=card.)verification[ _-]?(?:code|value|number)'
-    rb"|(?<=card)verification[ _-]?(?:code|value|number)|verification[ _-]?value|(?<=card.)code|(?<=card)code"
-    rb'|pin(?:[ _-]?(?:code|block|number))?)(?:[ _-]?(?:code|number|value))?"\s*+:\s*+'
-    rb'(?:"(?!\[security code redacted\](?:"|\Z))([^"\\]*+(?:\\.[^"\\]*+)*+)|(-?[0-9][0-9.e+-]*))',
-    re.DOTALL,
-)
-_CODE_MEMBER_HINTS = (b'"c', b'"pin', b'"security', b'"verification')
+_PIN = rb"pin(?<![a-z0-9]pin)" + _CODE_SUFFIX
+_TEXT_VALUE = _LINK + rb"([0-9]{3,4})(?![0-9])"
+# "pin" begins many words and its values are longer: a colon, an equals sign or "is" must stand between.
+_PIN_VALUE = rb"[\\\"' ]{0,4}(?:[:=]| is )[\\\"' ]{0,4}([0-9]{4,12})(?![0-9])"
+_MEMBER_CODE = rb'"\s*+:\s*+(?:"(?!\[security code redacted\](?:"|\Z))([^"\\]*+(?:\\.[^"\\]*+)*+)|(-?[0-9][0-9.e+-]*))'
 
-# A flat object under "metadata" holds the user's own fields (mappings read them): taken whole, left as it is.
-_KEPT_OBJECT = rb'"(?<!\\")metadata"\s*+:\s*+\{[^{}"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^{}"]*+)*+\}'
-_MEMBER_VALUE = rb'\s*+:\s*+"(?!\[redacted\](?:"|\Z))([^"\\]*+(?:\\.[^"\\]*+)*+)'
+
+def _compile_codes(token: bytes, name: bytes, value: bytes) -> tuple[bytes, re.Pattern[bytes], re.Pattern[bytes]]:
+    return token, re.compile(name + _MEMBER_CODE, re.DOTALL), re.compile(name + value)
+
+
+# What must occur at all, the pattern of a JSON member, the pattern in text.
+_CODES = (
+    *(_compile_codes(token, name, _TEXT_VALUE) for token, name in _CODE_NAMES),
+    _compile_codes(b"verification", rb"verification[ _-]?value", _TEXT_VALUE),
+    _compile_codes(b"card", rb"card[ _-]?code", _TEXT_VALUE),
+    _compile_codes(b"pin", _PIN, _PIN_VALUE),
+)
+
+# A flat object under "metadata" holds the user's own fields (mappings read them).
+_KEPT_OBJECT = re.compile(
+    rb'"(?<!\\")metadata"\s*+:\s*+\{[^{}"]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^{}"]*+)*+\}', re.DOTALL
+)
+_MEMBER_VALUE = re.compile(rb'\s*+:\s*+"(?!\[redacted\](?:"|\Z))([^"\\]*+(?:\\.[^"\\]*+)*+)', re.DOTALL)
 _ESCAPED_NAME = re.compile(rb'\\u00[2-7][0-9A-Fa-f](?:[^"\\]|\\.)*+"\s*+:', re.DOTALL)
 
 _Place = tuple[int, int, bytes]
@@ -176,15 +173,13 @@ def redact(body: bytes, *, json: bool, sensitive_members: frozenset[str] = froze
         body, cards = _replace(body, _find_cards(body, json=json))
     codes = 0
     lowered = body.lower()
-    if json and any(hint in lowered for hint in _CODE_MEMBER_HINTS):
-        body, codes = _replace(body, _find_code_members(lowered))
-        lowered = body.lower() if codes else lowered
-    for token, pattern in _CODE_TEXTS:
+    for token, member, text in _CODES:
         if token in lowered:
-            body, more = _replace(body, _find_codes(lowered, pattern, json=json))
-            if more:
-                codes += more
-                lowered = body.lower()
+            body, in_members = _replace(body, _find_code_members(lowered, member) if json else [])
+            lowered = body.lower() if in_members else lowered
+            body, in_text = _replace(body, _find_codes(lowered, text, json=json))
+            lowered = body.lower() if in_text else lowered
+            codes += in_members + in_text
     members = 0
     if json and sensitive_members:
         body, members = _replace(body, _find_members(body, sensitive_members))
@@ -203,15 +198,17 @@ def _is_card(digits: bytes) -> bool:
     return not (sum(digits[-1::-2].translate(_VALUES)) + sum(digits[-2::-2].translate(_DOUBLED))) % 10
 
 
-def _replace(body: bytes, places: Iterable[_Place]) -> tuple[bytes, int]:
+def _replace(body: bytes, places: list[_Place]) -> tuple[bytes, int]:
+    """Put the texts in; of places that overlap the first counts."""
+    if not places:
+        return body, 0
     parts: list[bytes] = []
     done = count = 0
-    for start, end, text in places:
-        parts += (body[done:start], text)
-        done = end
-        count += 1
-    if not count:
-        return body, 0
+    for start, end, text in sorted(places):
+        if start >= done:
+            parts += (body[done:start], text)
+            done = end
+            count += 1
     parts.append(body[done:])
     return b"".join(parts), count
 
@@ -219,21 +216,22 @@ def _replace(body: bytes, places: Iterable[_Place]) -> tuple[bytes, int]:
 def _find_tracks(body: bytes) -> list[_Place]:
     places: list[_Place] = []
     if b"^" in body or b"\\S\\" in body:
-        places += _list_tracks(body, _TRACK_1)
+        places += _list_tracks(body, _TRACK_1, b"%")
     if b"=" in body or b"D" in body:
-        places += _list_tracks(body, _TRACK_2)
-    places.sort()
-    # Both patterns may claim the same bytes; the first one wins.
-    return [place for index, place in enumerate(places) if not index or place[0] >= places[index - 1][1]]
+        places += _list_tracks(body, _TRACK_2, b";")
+    return places
 
 
-def _list_tracks(body: bytes, pattern: re.Pattern[bytes]) -> list[_Place]:
-    # With its start sentinel the shape is proof enough; without it the number must be a card's.
-    return [
-        (match.start(), match.end(), TRACK_TEXT)
-        for match in pattern.finditer(body)
-        if match[1] or _is_card(match[2].replace(b" ", b""))
-    ]
+def _list_tracks(body: bytes, pattern: re.Pattern[bytes], sentinel: bytes) -> list[_Place]:
+    places: list[_Place] = []
+    for match in pattern.finditer(body):
+        before = body[match.start() - 1 : match.start()]
+        # With its start sentinel the shape is proof enough; without it the number must be a card's.
+        if before == sentinel:
+            places.append((match.start() - 1, match.end(), TRACK_TEXT))
+        elif not before.isdigit() and _is_card(match[1].replace(b" ", b"")):
+            places.append((*match.span(), TRACK_TEXT))
+    return places
 
 
 def _find_cards(body: bytes, *, json: bool) -> list[_Place]:
@@ -292,13 +290,13 @@ def _quote_outside_strings(body: bytes) -> Callable[[int, int, bytes], _Place | 
     return wrap
 
 
-def _find_code_members(lowered: bytes) -> list[_Place]:
+def _find_code_members(lowered: bytes, pattern: re.Pattern[bytes]) -> list[_Place]:
     places = []
-    for match in _CODE_MEMBER.finditer(lowered):
+    for match in pattern.finditer(lowered):
         if match[2] is not None:
-            places.append((match.start(2), match.end(2), b'"' + SECURITY_CODE_TEXT + b'"'))
+            places.append((*match.span(2), b'"' + SECURITY_CODE_TEXT + b'"'))
         elif match[1]:
-            places.append((match.start(1), match.end(1), SECURITY_CODE_TEXT))
+            places.append((*match.span(1), SECURITY_CODE_TEXT))
     return places
 
 
@@ -313,17 +311,21 @@ def _find_codes(lowered: bytes, pattern: re.Pattern[bytes], *, json: bool) -> li
 
 
 @lru_cache(maxsize=64)
-def _compile_members(names: frozenset[str]) -> re.Pattern[bytes]:
-    words = b"|".join(re.escape(name.encode()) for name in sorted(names))
-    return re.compile(_KEPT_OBJECT + rb'|"(?<!\\")(?:' + words + rb')"' + _MEMBER_VALUE, re.DOTALL)
+def _quote_names(names: frozenset[str]) -> tuple[bytes, ...]:
+    return tuple(b'"' + name.encode() + b'"' for name in sorted(names))
 
 
 def _find_members(body: bytes, names: frozenset[str]) -> list[_Place]:
-    places = [
-        (*match.span(1), MEMBER_TEXT)
-        for match in _compile_members(names).finditer(body)
-        if match[1]  # None for a kept object, empty for an empty string
-    ]
+    places: list[_Place] = []
+    for quoted in _quote_names(names):
+        start = body.find(quoted)
+        while start >= 0:
+            end = start + len(quoted)
+            match = _MEMBER_VALUE.match(body, end)
+            # A quote after a backslash is text inside a string.
+            if match and match[1] and body[start - 1 : start] != b"\\":
+                places.append((*match.span(1), MEMBER_TEXT))
+            start = body.find(quoted, end)
     if b"\\u00" in body and _ESCAPED_NAME.search(body):
         places += [
             (*value.span(1), MEMBER_TEXT)
@@ -333,12 +335,14 @@ def _find_members(body: bytes, names: frozenset[str]) -> list[_Place]:
             and value[1] not in (b"", MEMBER_TEXT)
             and _read_name(name[0]) in names
         ]
-        places.sort()
+    if places and b'"metadata"' in body:
+        kept = [match.span() for match in _KEPT_OBJECT.finditer(body)]
+        places = [place for place in places if not any(start < place[0] < end for start, end in kept)]
     return places
 
 
-def _read_name(escaped: bytes) -> str:
+def _read_name(quoted: bytes) -> str:
     try:
-        return msgspec.json.decode(escaped, type=str)
+        return msgspec.json.decode(quoted, type=str)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return ""

@@ -165,6 +165,9 @@ def test_any_run_of_digits_agrees_with_the_oracle(digits):
         "the CVV was not sent; see invoice 123",
         "spin: 1234",
         "security code ring: yes",
+        "4242  4242 4242 4242",
+        "4242 4242 - 4242 4242",
+        "4242.4242.4242.4242",
     ],
 )
 def test_ids_times_and_telephone_numbers_stay(text):
@@ -229,6 +232,7 @@ def test_account_number_between_carets_is_no_track():
 @pytest.mark.parametrize(
     "name",
     [
+        "my_cvv", "cardCvc",
         "cvc", "cvv", "cvv2", "CVV", "cvn", "cvc_code", "csc", "security_code", "securityCode", "cardSecurityCode",
         "card_cvc", "card_code", "card_verification_value", "verification_value", "pin", "PIN", "pin_block", "cav2",
     ],

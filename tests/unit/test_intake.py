@@ -29,10 +29,10 @@ class FakePublisher:
         number = len(self.records)
         self.records.append((topic, key, value, headers))
         self.entered.put_nowait(number)
-        if self.gate is not None:
-            await self.gate.wait()
         if number in self.failing:
             raise TemporaryError("not acknowledged.", place=topic)
+        if self.gate is not None:
+            await self.gate.wait()
 
 
 @pytest.fixture
@@ -193,9 +193,17 @@ async def test_returns_only_when_every_event_is_acknowledged(intake, publisher):
 @pytest.mark.parametrize("failing", [0, 1, 2])
 async def test_one_missing_acknowledgement_fails_the_delivery_after_all_have_ended(counted, failing):
     publisher = FakePublisher(failing={failing})
-    with pytest.raises(TemporaryError):
-        await publish(build(publisher, counted), *(event(b"{}") for _ in range(3)))
-    assert len(publisher.records) == 3
+    publisher.gate = asyncio.Event()
+    events = [event(b"{}")] * 3
+    running = asyncio.create_task(publish(build(publisher, counted), *events))
+    for _ in range(3):
+        await publisher.entered.get()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not running.done()
+    publisher.gate.set()
+    (result,) = await asyncio.gather(running, return_exceptions=True)
+    assert isinstance(result, TemporaryError)
 
 
 async def test_single_event_not_acknowledged_fails(counted):
