@@ -43,6 +43,8 @@ class ModeKind(StrEnum):
 
     REJECT = "reject"
     """AR, nothing posted."""
+    BUSY = "busy"
+    """AE with condition 206 (record locked), nothing posted: the same message may succeed later."""
     SLOW = "slow"
     """Waits ``seconds``, then posts and answers."""
     HANG_AFTER_POSTING = "hang_after_posting"
@@ -94,6 +96,12 @@ class _RunningMode:
         if self.left is not None:
             self.left -= 1
         return True
+
+
+_REFUSING = {
+    ModeKind.REJECT: Refusal("R", "207", "Refused by the interface"),
+    ModeKind.BUSY: Refusal("E", "206", "Application record locked"),
+}
 
 
 class _Silence(Enum):
@@ -297,8 +305,8 @@ class BillingSystem:
         kind = mode.kind if mode else None
         if kind is ModeKind.CLOSE_BEFORE_POSTING:
             return _Silence.CLOSE
-        if kind is ModeKind.REJECT:
-            return self._refuse(interface, message, Refusal("R", "207", "Refused by the interface"))
+        if kind in _REFUSING:
+            return self._refuse(interface, message, _REFUSING[kind])
         if mode is not None and kind is ModeKind.SLOW:
             await asyncio.sleep(mode.seconds)
         answer = self._decide(interface, message, raw)

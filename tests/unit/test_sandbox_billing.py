@@ -320,6 +320,16 @@ async def test_rejecting_every_third_and_one_object(system):
         assert read_msa(await caller.call(dft("C7", object_id="pi_7")))[0] == "AA"
 
 
+async def test_a_busy_system_names_the_transient_condition_and_posts_later(system):
+    await system.set_mode(Mode(ModeKind.BUSY, count=1))
+    async with Caller(system.ports["epic-north"]) as caller:
+        answer = await caller.call(dft())
+        assert read_msa(answer) == ("AE", "C1")
+        assert b"|206^" in answer
+        assert read_msa(await caller.call(dft())) == ("AA", "C1")
+    assert len(system.read_ledger()) == 1
+
+
 async def test_a_closed_port_refuses_until_reset(system):
     port = system.ports["epic-north"]
     async with Caller(port) as caller:
