@@ -9,10 +9,13 @@ import json
 import string
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from schemas.card_data import CARD_TEXT, find_card_data, redact
+
+settings.register_profile("steady", deadline=None)  # how long it takes is the machine's business
+settings.load_profile("steady")
 
 # (leading digits, length), chosen by hand from the networks' published ranges.
 SHAPES = [
@@ -22,7 +25,7 @@ SHAPES = [
     ("6304", 19), ("6759", 16), ("6761", 18), ("6763", 12),
 ]  # fmt: skip
 FOREIGN = [
-    ("1", 16), ("0", 16), ("7", 16), ("8", 16), ("9", 16), ("2220", 16), ("2721", 16), ("50", 16), ("56", 16),
+    ("1", 16), ("0", 16), ("7", 16), ("8", 16), ("9", 16), ("2220", 16), ("2721", 16), ("500", 16), ("56", 16),
     ("35", 15), ("4", 15), ("4", 14), ("34", 16), ("51", 15), ("6011", 15), ("643", 16), ("3527", 16), ("306", 14),
 ]  # fmt: skip
 
