@@ -90,12 +90,14 @@ class RedisSettings(Strict):
     """Connection to Redis."""
 
     url: str = Field(default="redis://127.0.0.1:6379/0", description="`redis://host:port/db`, or `rediss://` for TLS.")
-    username: str | None = None
-    password: SecretStr | None = None
+    username: str | None = Field(default=None, description="User of the access control list.")
+    password: SecretStr | None = Field(default=None, description="Password of that user, or of the server.")
     ca_location: str | None = Field(
         default=None, description="PEM file of the certificate authorities, with `rediss://`."
     )
-    key_prefix: str = Field(default="remitstream", pattern=r"^[A-Za-z0-9_.{}-]{1,64}$")
+    key_prefix: str = Field(
+        default="remitstream", pattern=r"^[A-Za-z0-9_.{}-]{1,64}$", description="Beginning of every key of ours."
+    )
     socket_timeout_seconds: float = Field(default=1.0, gt=0, le=10, description="Longest wait for one answer.")
     deadline_seconds: float = Field(default=2.5, gt=0, le=30, description="Longest wait for one batch of look-ups.")
 

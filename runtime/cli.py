@@ -194,12 +194,12 @@ def account(
     embedded: Embedded = None,
     as_json: Json = False,
 ) -> None:
-    """Balance the books: what was accepted, and what became of it. Exits 1 when anything is lost."""
+    """Balance the books: what was accepted, and what became of it. Exits 1 when anything is lost or twice."""
     moment = _parse_time(since) if since is not None else None
     settings = _open_attached(config, assignments, embedded=embedded)
     balance = _load("runtime.account", "account")(settings, moment)
     output.print_data(balance, as_json=as_json)
-    _exit(ExitCode.OK if balance["lost"] == 0 else ExitCode.FAILED)
+    _exit(ExitCode.OK if balance["balanced"] else ExitCode.FAILED)
 
 
 # ---------------------------------------------------------------- topics and schemas

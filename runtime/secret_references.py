@@ -37,7 +37,7 @@ def resolve(
         if not value:
             return complain(f"environment variable {name} is not set or empty.", f"env:{name}", f"Set {name}.")
     elif kind == "file" and name:
-        path = folder / Path(name).expanduser()
+        path = join_path(folder, name)
         try:
             value = path.read_text().rstrip("\r\n")
         except FileNotFoundError:
@@ -58,6 +58,11 @@ def resolve(
             "Move the secret to a variable or a file; if it was shared or committed, renew it.",
         )
     return SecretStr(value), None
+
+
+def join_path(folder: Path, text: str) -> Path:
+    """A path as written in a file of that folder, absolute and without ``..``."""
+    return Path(os.path.normpath(folder / Path(text).expanduser()))
 
 
 def create_file(path: Path) -> bool:

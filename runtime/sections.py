@@ -127,5 +127,8 @@ class StackSettings(Strict):
 class SandboxSettings(Strict):
     """Sample traffic and simulated billing systems; they listen on the host and port of each target."""
 
-    events: int = Field(default=2000, ge=1, le=10_000_000, description="Money events to send.")
+    events: int = Field(default=2000, ge=200, le=10_000_000, description="Webhooks and HL7 messages to send, about.")
     seed: int = Field(default=1, ge=0, description="Same seed, same traffic.")
+    control_port: int = Field(
+        default=9490, ge=0, le=65535, description="Port of the billing systems' control API; 0 takes a free one."
+    )

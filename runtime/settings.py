@@ -185,7 +185,8 @@ def read_settings(path: Path | None = None, overrides: Iterable[tuple[str, str]]
     settings, model_issues = _build(merged)
     issues += model_issues
     issues += _check_services(merged, embedded=embedded)
-    issues += run_checks(merged, list_known())
+    told = {issue.key for issue in issues}
+    issues += [issue for issue in run_checks(merged, list_known()) if issue.key not in told]
     if issues or settings is None:
         raise SettingsError(_order(issues), place=show_path(file) if file else "environment")
     settings._reading = Reading(file, chosen, merged, references, embedded)  # noqa: SLF001 - we build it
@@ -204,7 +205,7 @@ def ensure_secrets(path: Path | None = None, overrides: Iterable[tuple[str, str]
     for key, kind, given in walk(Settings, merged.tree, (), find_target_model):
         origin = merged.find_origin(key)
         if kind == "secret" and isinstance(given, str) and given.startswith("file:") and origin is not None:
-            file = origin.folder / Path(given.removeprefix("file:")).expanduser()
+            file = secret_references.join_path(origin.folder, given.removeprefix("file:"))
             if secret_references.create_file(file):
                 created.append(file)
     return tuple(created)
@@ -377,13 +378,13 @@ def _make_paths_absolute(merged: Merged, file: Path | None) -> None:
         if isinstance(given, str) and given and (kind == "path" or is_file_key(key)):
             origin = merged.find_origin(key)
             folder = origin.folder if origin is not None else Path.cwd()
-            set_value(merged.tree, key, str(folder / Path(given).expanduser()))
+            set_value(merged.tree, key, str(secret_references.join_path(folder, given)))
     folder = file.parent if file is not None else Path.cwd()
     for section, name in (("worker", "state"), ("stack", "home"), ("stack", "cache")):
         part = merged.tree.setdefault(section, {})
         if isinstance(part, dict) and name not in part:
             default = _get_field(section, name).default
-            part[name] = str(folder / default.expanduser())
+            part[name] = str(secret_references.join_path(folder, str(default)))
 
 
 def _build(merged: Merged) -> tuple[Settings | None, list[Issue]]:

@@ -107,7 +107,7 @@ def _render_list(name: str, field: FieldInfo, shape: Any) -> list[str]:
 
 
 def _read_purpose(model: type[BaseModel]) -> str:
-    return (model.__doc__ or "").strip().splitlines()[0]
+    return (model.__doc__ or "").strip().splitlines()[0].replace("``", "`")
 
 
 def _describe_setting(name: str, variable: str, field: FieldInfo) -> tuple[str, str, str, str, str]:
@@ -129,6 +129,8 @@ def _describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return " or ".join(_describe_type(part, metadata) for part in inner if part is not type(None))
     if origin is Literal:
         return ", ".join(f"`{choice.value if isinstance(choice, Enum) else choice}`" for choice in inner)
+    if origin is dict:
+        return f"table of {_describe_type(inner[1])} by {_describe_type(inner[0])}"
     if origin is tuple:
         return f"list of {_describe_type(inner[0])}{_describe_bounds(metadata)}"
     names = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path", SecretStr: "secret"}
@@ -169,9 +171,11 @@ def _describe_bounds(metadata: Iterable[Any]) -> str:
 def _describe_default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined and field.default_factory is None:
         return "required"
-    value = field.get_default(call_default_factory=False)
-    if value is None or value == ():
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if value is None or value in ((), "", {}):
         return ""
+    if isinstance(value, tuple):
+        return ", ".join(f"`{element}`" for element in value)
     if isinstance(value, Enum):
         value = value.value
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"

@@ -107,7 +107,12 @@ def translate(
 ) -> list[Issue]:
     """Pydantic's complaints as issues; ``base`` is the key of the validated part."""
     issues = []
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details:
+        # A list whose elements failed counts as too short as well: that is no mistake of its own.
+        below = [other for other in details if other["loc"][: len(detail["loc"])] == detail["loc"] != other["loc"]]
+        if detail["type"] == "too_short" and below:
+            continue
         key = _trim((*base, *detail["loc"]), merged.tree, detail["type"])
         issues.append(_translate_one(detail, key, model, merged, choose))
     return issues

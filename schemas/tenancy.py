@@ -33,8 +33,8 @@ class Authority(Strict):
 class Facility(Strict):
     """A facility (hospital, clinic) with its own time zone and patient identifiers."""
 
-    id: Name
-    display_name: str = ""
+    id: Name = Field(description="Name in keys, headers and references.")
+    display_name: str = Field(default="", description="Name for people.")
     time_zone: str = Field(description="IANA name, for example `America/Chicago`.")
     default_authority: str = Field(description="Assigning authority of an identifier that names none.")
     authorities: tuple[Authority, ...]
@@ -70,32 +70,36 @@ class PatientRule(Strict):
         default="assigning_authority",
         description="Metadata member that may name the assigning authority; absent means the facility's default.",
     )
-    visit_key: str | None = "visit"
-    guarantor_key: str | None = "guarantor_account"
-    invoice_key: str | None = "invoice"
-    claim_key: str | None = "claim"
+    visit_key: str | None = Field(default="visit", description="Metadata member of the visit number.")
+    guarantor_key: str | None = Field(
+        default="guarantor_account", description="Metadata member of the guarantor account."
+    )
+    invoice_key: str | None = Field(default="invoice", description="Metadata member of the invoice.")
+    claim_key: str | None = Field(default="claim", description="Metadata member of the claim.")
 
 
 class Account(Strict):
     """One account at a payment gateway, tied to one facility."""
 
-    name: Name
+    name: Name = Field(description="Last part of the webhook address: `/webhooks/SOURCE/NAME`.")
     source: Name = Field(description="The gateway connector, for example `stripe`.")
-    facility: Name
+    facility: Name = Field(description="Facility whose money this account takes.")
     secrets: tuple[SecretStr, ...] = Field(
         min_length=1, max_length=2, description="Webhook signing secrets; two while one is being rotated out."
     )
-    tolerance_seconds: int = Field(default=300, ge=10, le=3600)
+    tolerance_seconds: int = Field(
+        default=300, ge=10, le=3600, description="Oldest signature time that is accepted, in seconds."
+    )
     patient: PatientRule = PatientRule()
 
 
 class Feed(Strict):
     """One sender of HL7 v2 messages, recognised by MSH-3 and MSH-4."""
 
-    name: Name
-    facility: Name
-    sending_application: str
-    sending_facility: str
+    name: Name = Field(description="Name of the feed; its records are in order under this key.")
+    facility: Name = Field(description="Facility whose patients this feed tells of.")
+    sending_application: str = Field(description="MSH-3 of its messages.")
+    sending_facility: str = Field(description="MSH-4 of its messages.")
 
 
 class Tenancy(Strict):

@@ -8,7 +8,7 @@ request holds everything that must be equal over all attempts (timestamps and id
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -38,15 +38,15 @@ class TargetSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Name = Field(description="Name of the instance; its consumer group and topics are named after it.")
-    connector: Name
+    connector: Name = Field(description="The target connector, for example `epic_dft`.")
     facilities: tuple[Name, ...] = Field(min_length=1, description="Facilities whose events this instance posts.")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A frozen request: kept in the ledger before the call, sent unchanged at every attempt."""
+    """A frozen request: kept in the ledger before the call, sent unchanged at every attempt. Its repr hides the body."""
 
-    body: bytes
+    body: bytes = field(repr=False)
     control_id: str
     """Idempotency key, or MSH-10."""
     reference: str
@@ -68,7 +68,7 @@ class PostingContext:
     """What a request may be made of, beside the event: read at freezing time, then frozen."""
 
     facility: Facility
-    mrn: Reference
+    mrn: Reference = field(repr=False)
     """The survivor of all merges known when the request is frozen."""
     frozen_at: int
     """Milliseconds since the epoch."""
@@ -96,3 +96,6 @@ class Target:
     capabilities: Mapping[str, str]
     """Generated docs table; each claim is proved by a fixture."""
     accepts_phi: bool = True
+    window: Callable[[Any], float | None] = lambda _settings: None
+    """Class A: for how many seconds the target remembers an idempotency key, from an instance's settings; None: nobody
+    knows, and then nothing is resent."""

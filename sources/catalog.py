@@ -26,7 +26,7 @@ _USER_PACKAGE = "remitstream_user_gateways"
 class ConnectorBroken(ConfigurationError):
     """A connector file cannot be used."""
 
-    code = "RS160"
+    code = "RS165"
     meaning = "A connector file cannot be imported, or does not declare what its name promises."
     default_remedy = "Correct the named file, or remove it from the connector folder."
 
@@ -34,7 +34,7 @@ class ConnectorBroken(ConfigurationError):
 class ConnectorUnknown(ConfigurationError):
     """A gateway is named that no connector file provides."""
 
-    code = "RS161"
+    code = "RS166"
     meaning = "The configuration names a gateway for which there is no connector file."
     default_remedy = "Use one of the named gateways, or add a connector file."
 

@@ -29,14 +29,18 @@ class KafkaSettings(Strict):
     """Connection to Kafka. Everything beside ``bootstrap`` has the default of an unsecured local broker."""
 
     bootstrap: str = Field(default="127.0.0.1:9092", description="Comma-separated host:port list.")
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
-    sasl_username: str | None = None
-    sasl_password: SecretStr | None = None
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        default="PLAINTEXT", description="Encryption and log-in; SASL_SSL or SSL outside a trial."
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(
+        default=None, description="Required with SASL."
+    )
+    sasl_username: str | None = Field(default=None, description="Required with SASL.")
+    sasl_password: SecretStr | None = Field(default=None, description="Required with SASL.")
     ssl_ca_location: str | None = Field(default=None, description="PEM file of the certificate authorities.")
     ssl_certificate_location: str | None = Field(default=None, description="PEM file of our certificate (mutual TLS).")
-    ssl_key_location: str | None = None
-    ssl_key_password: SecretStr | None = None
+    ssl_key_location: str | None = Field(default=None, description="PEM file of our private key (mutual TLS).")
+    ssl_key_password: SecretStr | None = Field(default=None, description="Password of that private key.")
     session_timeout_seconds: int = Field(default=45, ge=6, le=300, description="Group session of workers, deliverers.")
     transaction_timeout_seconds: int = Field(
         default=10, ge=2, le=300, description="A frozen process holds back read_committed readers at most this long."

@@ -55,8 +55,8 @@ class RegistrySettings(Strict):
     """Connection to a registry with the Confluent API."""
 
     url: str = Field(default="http://127.0.0.1:8081", description="Base URL; Apicurio's is `.../apis/ccompat/v7`.")
-    username: str | None = None
-    password: SecretStr | None = None
+    username: str | None = Field(default=None, description="User of HTTP basic log-in.")
+    password: SecretStr | None = Field(default=None, description="Password of HTTP basic log-in.")
     ca_location: str | None = Field(default=None, description="PEM file of the certificate authorities.")
 
 

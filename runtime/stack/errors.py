@@ -71,7 +71,7 @@ class StackBusyError(TemporaryError):
 class ChecksumError(FatalError):
     """The bytes served are not the locked ones."""
 
-    code = "RS330"
+    code = "RS321"
     meaning = "A downloaded file does not have the committed sha256; it was deleted and not used."
     default_remedy = (
         "Ask whoever runs the proxy or mirror why it changes files. If the lock is wrong, write it anew with "
