@@ -32,7 +32,7 @@ from schemas.mapping_expressions import Expression, ExpressionError
 from schemas.mapping_files import MappingError, MappingFile, Part, Problem, read_mapping_file, suggest
 from schemas.mapping_functions import FUNCTIONS, MappingFunctions
 from schemas.mapping_lint import Schema, lint, list_paths
-from schemas.mapping_reading import REDACTED, Attribute, Reading, Reason, Skipped, SourceMapping
+from schemas.mapping_reading import Attribute, Reading, Reason, Skipped, SourceMapping
 from schemas.mapping_source import Example
 from schemas.wire import SCHEMA_NAMES, load_schema
 
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FUNCTIONS",
-    "REDACTED",
     "Attribute",
     "Expression",
     "ExpressionError",

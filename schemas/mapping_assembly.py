@@ -15,7 +15,7 @@ from schemas.mapping_files import MappingError, MappingFile, read_mapping_file, 
 from schemas.mapping_functions import MappingFunctions
 from schemas.mapping_lint import lint
 from schemas.mapping_reading import Attribute, Reading, Rule, Sister, SourceMapping, read_attributes
-from schemas.mapping_source import TOPICS, OverlayFile, RuleFields, SourceFile
+from schemas.mapping_source import SETTLEMENTS, TOPICS, OverlayFile, RuleFields, SourceFile
 from schemas.money import Money
 
 if TYPE_CHECKING:
@@ -146,6 +146,11 @@ def compare_example(
     document: MappingFile, example: Example, got: Mapping[str, Any], where: Where, *, whole: bool
 ) -> None:
     """Note each member of ``then`` that differs; with ``whole`` also each result that ``then`` does not name."""
+    for name, rest in (("failure", "field"), ("ignored", "event_type")):
+        if name in got and name not in example.then:
+            detail = f"Example `{example.name}` gives {name} {got[name]} ({got[rest] or 'body'})."
+            document.add((*where, "then"), detail, "Correct the mapping or the example.")
+            return
     for name, wanted in example.then.items():
         if name not in got:
             document.add(
@@ -238,6 +243,9 @@ class Workshop:
         occurred_at, token_reference = pick("occurred_at"), pick("token_reference")
         when = None if rule.when is None else self.compile(rule.when, (*where, "when"))
         attributes = self.compile_attributes(defaults.attributes | rule.attributes, (*where, "attributes"))
+        if topic == SETTLEMENTS and any(part.phi for part in attributes):
+            detail = f"The topic `{SETTLEMENTS}` holds no protected health information."
+            self._document.add((*where, "attributes"), detail, "Remove the attribute marked phi.")
         negative = defaults.may_be_negative if rule.may_be_negative is None else rule.may_be_negative
         if len(self._document.problems) > noted or amount is None or currency is None or status is None:
             return None

@@ -126,15 +126,18 @@ def list_paths(parsed: Node) -> list[tuple[str, ...]]:
     children = parsed["children"]
     if parsed["type"] == "subexpression":
         heads = list_paths(children[0])
-        tail: tuple[str, ...] = ()
-        for child in children[1:]:
-            if child["type"] != "field":
-                break
-            tail = (*tail, child["value"])
+        plain = all(child["type"] == "field" for child in children[1:]) and _is_plain(children[0])
+        tail = tuple(child["value"] for child in children[1:]) if plain else ()
         return [(*head, *tail) for head in heads]
     if parsed["type"] in {"pipe", "index_expression", "projection", "value_projection", "filter_projection", "flatten"}:
         return list_paths(children[0])
     return [path for child in children for path in list_paths(child)] if parsed["type"] != "slice" else [()]
+
+
+def _is_plain(node: Node) -> bool:
+    if node["type"] == "subexpression":
+        return all(_is_plain(child) for child in node["children"])
+    return node["type"] in {"field", "current"}
 
 
 class _Linter:

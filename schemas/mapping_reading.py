@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from schemas.card_data import CARD_TEXT, MEMBER_TEXT, SECURITY_CODE_TEXT, TRACK_TEXT
 from schemas.events import Kind
 from schemas.failure import Failure, FailureKind
 from schemas.mapping_expressions import Expression, ExpressionError, is_false
@@ -19,8 +20,9 @@ from schemas.money import Money, read_major, read_minor
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-REDACTED: Final = "[card redacted]"
+CARD_TEXTS: Final = tuple(text.decode() for text in (CARD_TEXT, TRACK_TEXT, SECURITY_CODE_TEXT))
 """What the edge writes in place of card data; a needed field that holds it is a dead letter."""
+_EMPTIED: Final = MEMBER_TEXT.decode()
 _LATEST_MS: Final = 4_102_444_800_000  # the year 2100: later times are most likely not milliseconds
 
 # A number with a fraction stays text: it becomes money digit by digit, never through a float.
@@ -151,7 +153,7 @@ class SourceMapping:
     def read(self, body: bytes) -> Reading | Skipped:
         """Read one body. The same bytes always give the same answer.
 
-        Raises ``Failure``: BODY_INVALID, FIELD_MISSING, FIELD_INVALID, PAN_IN_REFERENCE, TIME_INVALID,
+        Raises ``Failure``: BODY_INVALID, FIELD_MISSING, FIELD_INVALID, FIELD_REDACTED, PAN_IN_REFERENCE, TIME_INVALID,
         AMOUNT_MISSING, AMOUNT_INVALID, UNKNOWN_CURRENCY.
         """
         data = decode(body)
@@ -228,7 +230,8 @@ def read_text(expression: Expression, view: Any, field: str) -> str:
 def read_optional_text(value: Any, field: str) -> str | None:
     """Text of a JSON value, None when it is null or empty; whole numbers are ids too.
 
-    Raises ``Failure`` FIELD_INVALID for any other type, PAN_IN_REFERENCE when the edge redacted a card number in it.
+    Raises ``Failure`` FIELD_INVALID for any other type, PAN_IN_REFERENCE when the edge redacted card data in it,
+    FIELD_REDACTED when the connector declares the member sensitive, so that the edge emptied it.
     """
     if value is None:
         return None
@@ -236,8 +239,11 @@ def read_optional_text(value: Any, field: str) -> str | None:
         return str(value)
     if not isinstance(value, str):
         raise Failure(FailureKind.INVALID, "FIELD_INVALID", field)
-    if REDACTED in value:
-        raise Failure(FailureKind.INVALID, "PAN_IN_REFERENCE", field)
+    if "redacted]" in value:
+        if value == _EMPTIED:
+            raise Failure(FailureKind.INVALID, "FIELD_REDACTED", field)
+        if any(text in value for text in CARD_TEXTS):
+            raise Failure(FailureKind.INVALID, "PAN_IN_REFERENCE", field)
     return value if value.strip() else None
 
 

@@ -13,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from schemas.events import Kind
 from schemas.mapping_files import Part
 
-TOPICS: Final = frozenset({"payments", "settlements"})
+SETTLEMENTS: Final = "settlements"
+TOPICS: Final = frozenset({"payments", SETTLEMENTS})
 """Topics a source mapping may write to."""
 FACTS: Final = ("kind", "object_id", "root", "minor", "currency", "status")
 """Money facts that go into the digest of an event, unless the file names fewer."""

@@ -73,6 +73,8 @@ class _Participant:
     account: Account
     facility: Facility
     attributes: tuple[Attribute, ...]
+    public: tuple[Attribute, ...]
+    """Those of the attributes that are not PHI: all that a settlement may carry."""
 
 
 class Normaliser:
@@ -118,7 +120,8 @@ class Normaliser:
         for account in accounts:
             facility = tenancy.get_facility(account.facility)
             own = overlays[facility.id].attributes.get(source, ()) if facility.id in overlays else ()
-            participants[account.name] = _Participant(account, facility, own)
+            public = tuple(part for part in own if not part.phi)
+            participants[account.name] = _Participant(account, facility, own, public)
             placed = shipped + [(str(facility.mapping_overlay), part) for part in own]
             problems.extend(_find_phi(mapping, account, placed, allowed=allow_phi_attributes))
         if problems:
@@ -167,10 +170,11 @@ class Normaliser:
             origin=record.origin,
         )
         needs_patient = found.topic == PAYMENTS
-        if participant.attributes:
-            event.attributes = found.attributes | read_attributes(participant.attributes, found.object, found.kind)
+        # A settlement is about no patient, and its topic holds no PHI whatever its metadata says.
+        own = participant.attributes if needs_patient else participant.public
+        if own:
+            event.attributes = found.attributes | read_attributes(own, found.object, found.kind)
         if needs_patient:
-            # A settlement is about no patient, and its topic holds no PHI whatever its metadata says.
             _name_people(event, found.metadata, account.patient, participant.facility)
         return Normalised(
             topic=found.topic,
