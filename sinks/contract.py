@@ -44,7 +44,7 @@ class TargetSettings(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A frozen request: kept in the ledger before the call, sent unchanged at every attempt. Its repr hides the body."""
+    """A frozen request: in the ledger before the call, sent unchanged at every attempt. Its repr hides the body."""
 
     body: bytes = field(repr=False)
     control_id: str

@@ -44,6 +44,7 @@ WINDOW_OVER = "WINDOW_OVER"
 """Unknown: the target may have forgotten the idempotency key."""
 
 _REFUSALS = frozenset({FailureKind.REJECTED, FailureKind.INVALID, FailureKind.UNMAPPED})
+_DOUBTS = frozenset({FailureKind.AMBIGUOUS, FailureKind.INTERNAL})
 _NEVER = float("inf")
 
 
@@ -167,7 +168,6 @@ class Attempt:
     """One event at the target, as it is in memory. Compared by identity; its repr shows no payload."""
 
     __slots__ = (
-        "request",
         "calling",
         "code",
         "due",
@@ -184,6 +184,7 @@ class Attempt:
         "offset",
         "outcome",
         "recorded",
+        "request",
         "retry_at",
         "settled_at",
         "since",
@@ -243,6 +244,11 @@ class Attempt:
     def is_stopped(self) -> bool:
         """Whether later events of the entity are parked behind it."""
         return self.state in _STOPPED or self.waits_for_person
+
+    @property
+    def is_put_off(self) -> bool:
+        """PARKED for a reason of its own, to be tried again at a time."""
+        return self.state is State.PARKED and self.code != BEHIND_ENTITY
 
     @property
     def is_passable(self) -> bool:
@@ -352,9 +358,7 @@ class Ledger:
                 if attempt.state is State.IN_FLIGHT:
                     attempt.may_have_landed = True
                     self._doubt(attempt, attempt.code or "PROCESS_ENDED", moment)
-                elif attempt.state is State.RETRY_AT:
-                    attempt.due = moment.count_wait(attempt.retry_at)
-                elif attempt.state is State.PARKED and attempt.code != BEHIND_ENTITY:
+                elif attempt.state is State.RETRY_AT or attempt.is_put_off:
                     attempt.due = moment.count_wait(attempt.retry_at)
             self._advance(queue)
 
@@ -471,28 +475,34 @@ class Ledger:
         if isinstance(result, Answer) and kind is not FailureKind.AMBIGUOUS:
             # The write was answered: it is over.
             attempt.settled_at = 0.0
-        if kind is None or kind is FailureKind.DUPLICATE:
-            assert isinstance(result, Answer)
+        if isinstance(result, Answer) and kind in (None, FailureKind.DUPLICATE):
             self._finish(attempt, result)
-        elif kind in (FailureKind.AMBIGUOUS, FailureKind.INTERNAL):
-            attempt.may_have_landed = attempt.may_have_landed or attempt.written
-            if attempt.may_have_landed:
-                self._doubt(attempt, result.code, moment)
-            else:
-                self._retry(attempt, FailureKind.UNAVAILABLE, result.code, moment, pause=0)
-        elif kind in _REFUSALS:
-            if attempt.may_have_landed:
-                self._stop_unknown(attempt, kind, RESEND_REJECTED, moment)
-            else:
-                # Without an answer the client itself refused to send it: it was built wrong.
-                outcome = Outcome.REJECTED if isinstance(result, Answer) else Outcome.DEAD_LETTERED
-                self.reject(attempt, kind, result.code, moment, outcome=outcome)
-        elif attempt.may_have_landed:
-            # This call was not applied; an earlier one may have been.
+            return
+        if kind in _DOUBTS and (attempt.may_have_landed or attempt.written):
+            attempt.may_have_landed = True
+            self._doubt(attempt, result.code, moment, pause=self.policy.choose_pause(attempt.tries))
             attempt.tries += 1
-            self._doubt(attempt, attempt.code, moment, pause=self.policy.choose_pause(attempt.tries))
-        elif kind == "WITHDRAWN":
-            self._retry(attempt, "", result.code, moment, pause=0)
+            return
+        if attempt.may_have_landed:
+            self._settle_resend(attempt, result, moment)
+        else:
+            self._settle_unapplied(attempt, result, moment)
+
+    def _settle_resend(self, attempt: Attempt, result: Answer | Failed, moment: Moment) -> None:
+        """This call was not applied; an earlier one may have been."""
+        if isinstance(result.kind, FailureKind) and result.kind in _REFUSALS:
+            self._stop_unknown(attempt, result.kind, RESEND_REJECTED, moment)
+            return
+        attempt.tries += 1
+        self._doubt(attempt, attempt.code, moment, pause=self.policy.choose_pause(attempt.tries))
+
+    def _settle_unapplied(self, attempt: Attempt, result: Answer | Failed, moment: Moment) -> None:
+        """Nothing of this event can be at the target."""
+        kind = result.kind
+        if isinstance(kind, FailureKind) and kind in _REFUSALS:
+            # Without an answer the client itself refused to send it: it was built wrong.
+            outcome = Outcome.REJECTED if isinstance(result, Answer) else Outcome.DEAD_LETTERED
+            self.reject(attempt, kind, result.code, moment, outcome=outcome)
         elif isinstance(result, Answer) and kind is FailureKind.UNAVAILABLE:
             attempt.tries += 1
             pause = self.policy.choose_pause(attempt.tries)
@@ -501,8 +511,9 @@ class Ledger:
             else:
                 self._retry(attempt, kind, result.code, moment, pause=pause)
         else:
-            # The target as a whole cannot be reached; the runner holds all calls back, so this one need not wait.
-            self._retry(attempt, kind, result.code, moment, pause=0)
+            # Withdrawn, or the target as a whole cannot be reached: the runner holds all calls back, so this one need
+            # not wait for itself.
+            self._retry(attempt, kind or "", result.code, moment, pause=0)
 
     def reject(
         self,
@@ -526,14 +537,17 @@ class Ledger:
 
         An event parked already for the same reason is only put off.
         """
-        repeated = attempt.state is State.PARKED and attempt.code == code
+        put_off = attempt.state is State.PARKED and attempt.code == code
         attempt.state = State.PARKED
         attempt.failure, attempt.code = kind.value if kind else "", code
         attempt.retry_at = moment.wall + int(pause * 1000)
         self._schedule(attempt, moment.steady + pause)
-        if not repeated:
+        if put_off:
+            return
+        self._touch(attempt)
+        if attempt.outcome != Outcome.PARKED:
             self._report(attempt, Outcome.PARKED)
-            self._stop_entity(attempt, moment)
+        self._stop_entity(attempt, moment)
 
     # Transactions.
 
@@ -607,8 +621,8 @@ class Ledger:
             self._schedule(attempt, wait_until)
             return False
         if attempt.state is State.PARKED and attempt.may_have_landed:
-            self._doubt(attempt, attempt.code, moment)
-            return False
+            # It goes on as what it was: unknown. The changelog keeps saying PARKED with its mark, which means the same.
+            attempt.state = State.UNKNOWN
         return True
 
     def _advance(self, queue: list[Attempt]) -> None:
@@ -665,6 +679,9 @@ class Ledger:
         if not self.policy.may_resend(attempt.first_write_at, later):
             resendable = self.policy.target_class in (TargetClass.A, TargetClass.B)
             self._stop_unknown(attempt, FailureKind.AMBIGUOUS, WINDOW_OVER if resendable else code, moment)
+            return
+        if attempt.tries >= self.policy.park_after:
+            self.park(attempt, FailureKind.AMBIGUOUS, code, moment, pause=due - moment.steady)
             return
         attempt.state = State.UNKNOWN
         attempt.failure, attempt.code = FailureKind.AMBIGUOUS.value, code

@@ -106,17 +106,17 @@ class EpicDftSettings(MllpSettings):
         _load_mapping(self.mapping_overlay)  # a broken mapping stops the start, not the first payment
         return self
 
-    @property
-    def duplicate_window_seconds(self) -> float | None:
-        """How long a resend is recognised; None when it never is."""
-        if self.duplicate_control == "none" or self.duplicate_window_hours is None:
-            return None
-        return self.duplicate_window_hours * 3600
-
 
 def classify(settings: EpicDftSettings) -> TargetClass:
     """A with duplicate control and a known window, else D: there is no look-up over this interface."""
-    return TargetClass.D if settings.duplicate_window_seconds is None else TargetClass.A
+    return TargetClass.D if window(settings) is None else TargetClass.A
+
+
+def window(settings: EpicDftSettings) -> float | None:
+    """How many seconds a resend is recognised; None when it never is."""
+    if settings.duplicate_control == "none" or settings.duplicate_window_hours is None:
+        return None
+    return settings.duplicate_window_hours * 3600
 
 
 def routes(event: MoneyEvent, settings: EpicDftSettings) -> bool:
@@ -259,6 +259,7 @@ TARGET = Target(
     transport="mllp",
     settings=EpicDftSettings,
     classify=classify,
+    window=window,
     routes=routes,
     freeze=freeze,
     verdict=verdict,
