@@ -359,8 +359,12 @@ def check_mappings(
     as_json: Json = False,
 ) -> None:
     """Check mapping files against the event schema and run their examples."""
-    checked = _load("runtime.commands.mapping", "check")(files)
-    output.print_data(checked, as_json=as_json)
+    commands = importlib.import_module("runtime.commands.mapping")
+    problems = commands.check(files)
+    if problems and not as_json:
+        raise _load("schemas.mapping", "MappingError")(problems)
+    output.print_data(commands.summarise(files, problems), as_json=as_json)
+    _exit(ExitCode.CONFIGURATION if problems else ExitCode.OK)
 
 
 @app.command(epilog="Example: remitstream tables --check")

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from runtime.cross_checks import Known
-from sinks.contract import TargetSettings
+from sinks import catalog as target_catalog
+from sinks.contract import Target, TargetSettings
+from sources import catalog as gateway_catalog
+from sources.contract import Gateway
 
 
-def find_target_model(entry: Any) -> type[BaseModel]:
-    """Settings model of the connector that one ``[[targets]]`` table names; the common part when there is none such."""
-    name = entry.get("connector") if isinstance(entry, dict) else None
-    common: type[BaseModel] = TargetSettings if importlib.util.find_spec("sinks.catalog") else _OpenTarget
-    return _list_target_models().get(name, common) if isinstance(name, str) else common
+class UnknownTarget(TargetSettings):
+    """A target whose connector does not exist: only what all targets share can be checked."""
 
-
-class _OpenTarget(TargetSettings):
     model_config = ConfigDict(extra="allow")
 
 
-def discover(catalog: str) -> list[Any] | None:
-    """Heads of the connectors on one side; None when that side is not part of this installation."""
-    if importlib.util.find_spec(catalog) is None:
-        return None
-    found = importlib.import_module(catalog).discover()
-    return list(found.values() if isinstance(found, Mapping) else found)
+def list_gateways() -> dict[str, Gateway]:
+    """All payment gateways by name."""
+    return gateway_catalog.discover()
 
 
-def _list_target_models() -> dict[str, type[BaseModel]]:
-    return {target.name: target.settings for target in discover("sinks.catalog") or ()}
+def list_targets() -> dict[str, Target]:
+    """All target connectors by name."""
+    return target_catalog.discover()
 
 
-def list_known() -> Known:
-    """Names of all gateways and target connectors."""
-    gateways, targets = discover("sources.catalog"), discover("sinks.catalog")
-    return Known(
-        None if gateways is None else frozenset(gateway.name for gateway in gateways),
-        None if targets is None else frozenset(target.name for target in targets),
-    )
+def find_target_model(entry: Any) -> type[BaseModel]:
+    """Settings model of the connector that one ``[[targets]]`` table names."""
+    name = entry.get("connector") if isinstance(entry, dict) else None
+    target = list_targets().get(name) if isinstance(name, str) else None
+    return target.settings if target is not None else UnknownTarget

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from runtime.configuration import Issue, Key
+from runtime.configuration import Issue, Key, show_path
 from runtime.layers import Merged, suggest
 from runtime.validation import hide_credentials
+from schemas.mapping import check_files
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Connectors that exist; None where the catalog of that side cannot be read."""
+    """Connectors that exist."""
 
-    gateways: frozenset[str] | None
-    connectors: frozenset[str] | None
+    gateways: frozenset[str]
+    connectors: frozenset[str]
 
 
 def run_checks(merged: Merged, known: Known) -> list[Issue]:
@@ -35,6 +36,7 @@ def run_checks(merged: Merged, known: Known) -> list[Issue]:
         _check_aliases,
         _check_ports,
         _check_files,
+        _check_overlays,
         _check_urls,
     )
     return [issue for check in checks for issue in check(merged, known)]
@@ -117,9 +119,9 @@ def _check_references(merged: Merged, known: Known) -> Iterator[Issue]:
             yield from _check_member(merged, ("targets", at, "facilities", position), name, facilities, "facility")
 
 
-def _check_member(merged: Merged, key: Key, given: Any, accepted: Iterable[str] | None, what: str) -> Iterator[Issue]:
-    choices = sorted(accepted or ())
-    if accepted is not None and isinstance(given, str) and given not in choices:
+def _check_member(merged: Merged, key: Key, given: Any, accepted: Iterable[str], what: str) -> Iterator[Issue]:
+    choices = sorted(accepted)
+    if isinstance(given, str) and given not in choices:
         yield _issue(
             merged,
             key,
@@ -227,6 +229,17 @@ def _check_files(merged: Merged, _known: Known) -> Iterator[Issue]:
                 given=repr(text),
                 remedy="Correct the path; a relative one begins in the folder of the configuration file.",
             )
+
+
+def _check_overlays(merged: Merged, _known: Known) -> Iterator[Issue]:
+    """What is wrong inside the mapping overlays of facilities: a worker would refuse to start with them."""
+    for at, facility in _list(merged.tree, "facilities"):
+        text = facility.get("mapping_overlay")
+        if isinstance(text, str) and Path(text).is_file():
+            key = merged.spell(("facilities", at, "mapping_overlay"))
+            for problem in check_files([Path(text)]):
+                place = f"{show_path(Path(problem.file))}:{problem.line}"
+                yield Issue(key=f"{key}: {problem.field}", place=place, problem=problem.detail, remedy=problem.remedy)
 
 
 def _check_urls(merged: Merged, _known: Known) -> Iterator[Issue]:

@@ -25,8 +25,8 @@ from pydantic_settings import SettingsError as UnreadableVariableError
 from identity.projection import RedisSettings
 from runtime import secret_references
 from runtime.configuration import Issue, Key, MissingFileError, SettingsError, read_document, show_path
-from runtime.connectors import find_target_model, list_known
-from runtime.cross_checks import is_file_key, run_checks
+from runtime.connectors import find_target_model, list_gateways, list_targets
+from runtime.cross_checks import Known, is_file_key, run_checks
 from runtime.layers import (
     PREFIX,
     Layer,
@@ -186,7 +186,11 @@ def read_settings(path: Path | None = None, overrides: Iterable[tuple[str, str]]
     issues += model_issues
     issues += _check_services(merged, embedded=embedded)
     told = {issue.key for issue in issues}
-    issues += [issue for issue in run_checks(merged, list_known()) if issue.key not in told]
+    issues += [
+        issue
+        for issue in run_checks(merged, Known(frozenset(list_gateways()), frozenset(list_targets())))
+        if issue.key not in told
+    ]
     if issues or settings is None:
         raise SettingsError(_order(issues), place=show_path(file) if file else "environment")
     settings._reading = Reading(file, chosen, merged, references, embedded)  # noqa: SLF001 - we build it

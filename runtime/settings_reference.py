@@ -13,7 +13,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from runtime.connectors import discover
+from runtime.connectors import list_targets
 from runtime.layers import PREFIX
 from runtime.markdown import NOTICE, join_parts, write_table
 from runtime.settings import Settings
@@ -100,7 +100,7 @@ def _render_list(name: str, field: FieldInfo, shape: Any) -> list[str]:
     if read_shape(shape)[1] is not TargetSettings:
         return [*parts, *_render_model(shape, name, prefix=f"{name.upper()}__NAME")]
     parts += _render_model(TargetSettings, name, prefix=f"{name.upper()}__NAME")
-    for target in discover("sinks.catalog") or ():
+    for target in list_targets().values():
         parts += [f'### `[[{name}]]` with `connector = "{target.name}"`', f"{target.display_name}."]
         parts += _render_model(target.settings, name, prefix=f"{name.upper()}__NAME", known=TargetSettings)
     return parts

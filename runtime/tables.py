@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from runtime.connectors import discover
+from runtime.connectors import list_gateways, list_targets
 from runtime.installation import PACKAGES
 from runtime.markdown import NOTICE, join_parts, write_table
 from runtime.settings_reference import render_configuration
@@ -169,7 +169,7 @@ def render_errors(errors: Iterable[type[OperatorError]]) -> str:
 
 def render_topics() -> str:
     """The topic catalog with every gateway of this installation and one example target."""
-    sources = [*(gateway.name for gateway in discover("sources.catalog") or ()), HL7]
+    sources = [*list_gateways(), HL7]
     rows = [
         (
             f"`{topic.name}`",
@@ -215,9 +215,9 @@ def render_connectors() -> str:
             str(gateway.max_body_bytes),
             gateway.documentation,
         )
-        for gateway in discover("sources.catalog") or ()
+        for gateway in list_gateways().values()
     ]
-    targets = discover("sinks.catalog") or []
+    targets = list_targets().values()
     rows = [
         (
             f"`{target.name}`",

@@ -246,6 +246,20 @@ def test_the_example_passes_config_check_once_its_secrets_are_made(call, place, 
     assert told["targets"] == ["epic-north", "epic-harbor", "epic-valley"]
 
 
+def test_mapping_check(call, place):
+    shipped = ROOT / "examples" / "overlays" / "north.yaml"
+    assert call("mapping", "check", str(shipped))[0] == 0
+    broken = place / "broken.yaml"
+    broken.write_text(shipped.read_text() + "planted: 1\n")
+    code, _, err = call("mapping", "check", str(broken))
+    assert code == 78
+    assert err.startswith("RS160")
+    code, out, _ = call("mapping", "check", str(broken), "--json")
+    told = json.loads(out)
+    assert (code, told["valid"]) == (78, False)
+    assert told["problems"][0]["field"] == "planted"
+
+
 # ---------------------------------------------------------------- processes
 
 

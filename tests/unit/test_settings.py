@@ -79,11 +79,8 @@ def place(tmp_path, monkeypatch):
         if name.upper().startswith("REMITSTREAM_"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    heads = {
-        "sources.catalog": [SimpleNamespace(name="till")],
-        "sinks.catalog": [SimpleNamespace(name="wire", settings=WireSettings)],
-    }
-    monkeypatch.setattr(connectors, "discover", heads.__getitem__)
+    monkeypatch.setattr(connectors.gateway_catalog, "discover", lambda: {"till": None})
+    monkeypatch.setattr(connectors.target_catalog, "discover", lambda: {"wire": SimpleNamespace(settings=WireSettings)})
     for name, value in {"T_NORTH": "north-secret-1", "T_WIRE": "wire-secret-2", "T_HMAC": KEY}.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "secrets").mkdir()
@@ -334,6 +331,17 @@ def test_what_does_not_stand_together_is_refused(place, addition, key):
     with (place / "remitstream.toml").open("a") as file:
         file.write(addition)
     assert list(fail()) == [key]
+
+
+def test_what_is_wrong_inside_an_overlay_is_named_with_its_line(place):
+    change(place, 'time_zone = "America/Chicago"', 'time_zone = "America/Chicago"\nmapping_overlay = "north.yaml"')
+    shipped = (Path(__file__).resolve().parents[2] / "examples" / "overlays" / "north.yaml").read_text()
+    (place / "north.yaml").write_text(shipped)
+    assert read_settings().facilities[0].mapping_overlay == str(place / "north.yaml")
+    (place / "north.yaml").write_text(shipped + "planted: 1\n")
+    [issue] = fail().values()
+    assert issue.place == f"north.yaml:{len(shipped.splitlines()) + 1}"
+    assert "planted" in issue.key
 
 
 def test_one_authority_may_serve_two_facilities(place):
