@@ -44,7 +44,7 @@ class FailureKind(StrEnum):
     """Our own code raised for this record: dead letter with the exception's type."""
 
 
-class Failure(Exception):  # noqa: N818 - it is the failure of one record, and reads so at every raise
+class Failure(Exception):
     """One record that cannot be handled.
 
     ``code`` is an upper-case word such as ``AMOUNT_MISSING``; ``field`` names the field; neither ever holds payload

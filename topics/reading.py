@@ -49,6 +49,7 @@ class TopicReader:
         self._kafka = kafka
         self.topic = topic
         self._positions: dict[int, int] = {}
+        self._admin: AdminClient | None = None
         self._consumer = Consumer(
             kafka.build_client(f"remitstream-read-{topic}")
             | {
@@ -138,10 +139,11 @@ class TopicReader:
 
     def _list_offsets(self, spec: OffsetSpec, level: IsolationLevel) -> dict[int, int]:
         partitions = list(self._positions) or self.partitions()
-        admin = AdminClient(self._kafka.build_client("remitstream-offsets"))
+        if self._admin is None:
+            self._admin = AdminClient(self._kafka.build_client("remitstream-offsets"))
         requests = {TopicPartition(self.topic, partition): spec for partition in partitions}
         try:
-            futures = admin.list_offsets(requests, isolation_level=level, request_timeout=10)
+            futures = self._admin.list_offsets(requests, isolation_level=level, request_timeout=10)
             return {tp.partition: future.result().offset for tp, future in futures.items()}
         except KafkaException as error:
             raise KafkaUnreachable(f"offsets cannot be listed ({name_error(error)}).", place=self.topic) from None

@@ -6,7 +6,6 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import faust
-from streams.normalise import Normaliser
 
 from identity.projection import Identities
 from runtime.roles import process
@@ -15,6 +14,7 @@ from schemas.keys import HmacKey
 from schemas.wire import Decoder, Encoder
 from streams.app import Worker
 from streams.decide import AdmissionDecider, Codecs, MoneyDecider
+from streams.normalise import Normaliser
 from streams.transport import Feeder
 from topics import catalog
 from topics.reading import TopicReader
