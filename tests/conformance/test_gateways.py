@@ -12,16 +12,20 @@ import os
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from pydantic import SecretStr
 
+from schemas.card_data import redact
 from schemas.failure import Failure, FailureKind
 from schemas.keys import HmacKey
-from schemas.tenancy import Account
+from schemas.tenancy import Account, Tenancy
 from sources.catalog import discover
 from sources.contract import Refusal
 from sources.intake import Intake
 from sources.receiver import build_app
+from streams.normalise import Normaliser
+from topics.headers import RawRecord
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "gateways"
 SHARED = Path(os.environ.get("REMITSTREAM_SHARED", Path(__file__).parents[3] / "shared"))
@@ -414,3 +418,59 @@ async def test_secrets_and_signatures_are_in_no_repr_record_or_log(name, vector,
     assert "north" in shown
     assert vector["secret"] not in shown
     assert signature not in shown
+
+
+def is_object(body):
+    try:
+        return isinstance(json.loads(body), dict)
+    except ValueError:
+        return False
+
+
+def list_normalise_cases():
+    """Bodies in which members can be planted."""
+    for name in with_sensitive_members():
+        for path in sorted((FIXTURES / name / "normalise").glob("*.raw.json")):
+            if is_object(path.read_bytes()):
+                yield pytest.param(name, path, id=f"{name}-{path.name}")
+
+
+def read_outcome(name, value, headers):
+    """What the streams make of a stored body, as plain data."""
+    tenancy = json.loads((FIXTURES / name / "normalise" / "tenancy.json").read_text("utf-8"))
+    for facility in tenancy["facilities"]:
+        facility.pop("mapping_overlay", None)
+    normaliser = Normaliser.load(name, Tenancy.model_validate(tenancy))
+    record = RawRecord(hop="T:0:0", partition=0, offset=0, key=b"k", value=value, headers=headers, timestamp=1)
+    try:
+        return msgspec.to_builtins(normaliser.normalise(record))
+    except Failure as failure:
+        return str(failure)
+
+
+def plant_members(value, names):
+    """The same document with every sensitive member, filled, in every object but metadata."""
+    if isinstance(value, list):
+        return [plant_members(item, names) for item in value]
+    if isinstance(value, dict):
+        planted = {key: item if key == "metadata" else plant_members(item, names) for key, item in value.items()}
+        return planted | dict.fromkeys(names, "Planted")
+    return value
+
+
+@pytest.mark.parametrize(("name", "path"), list(list_normalise_cases()))
+def test_what_the_edge_empties_is_read_by_no_mapping(name, path):
+    body = path.read_bytes()
+    expected = json.loads(path.with_name(path.name.replace(".raw.", ".expected.")).read_text("utf-8"))
+    headers = [
+        ("ingest_time", b"1767500000123"),
+        ("source", name.encode()),
+        ("account", expected["account"].encode()),
+        ("facility", expected["facility"].encode()),
+    ]
+    names = GATEWAYS[name].sensitive_members
+    planted = json.dumps(plant_members(json.loads(body), names)).encode()
+    stored = redact(planted, json=True, sensitive_members=names)
+    assert stored.members >= len(names)
+    assert b"Planted" not in stored.body
+    assert read_outcome(name, stored.body, headers) == read_outcome(name, body, headers)
