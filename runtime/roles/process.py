@@ -12,6 +12,8 @@ import uvloop
 from schemas.failure import ExitCode, OperatorError, TemporaryError
 from telemetry import log
 from telemetry.health import HealthServer
+from topics import catalog
+from topics.reading import TopicReader
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -99,3 +101,12 @@ class Probe:
         while True:
             await asyncio.sleep(self._seconds)
             self._good = await asyncio.to_thread(self._ask)
+
+
+def read_patients_end(settings: Settings) -> tuple[dict[int, int], str]:
+    """End offsets of `patients` and its topic id: what the projection must have reached before identities count."""
+    reader = TopicReader(settings.kafka, catalog.PATIENTS)
+    try:
+        return reader.end_offsets("read_committed"), reader.topic_id()
+    finally:
+        reader.close()

@@ -17,7 +17,6 @@ from streams.decide import AdmissionDecider, Codecs, MoneyDecider
 from streams.normalise import Normaliser
 from streams.transport import Feeder
 from topics import catalog
-from topics.reading import TopicReader
 from topics.registry import Registry, find_ids
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def run(settings: Settings, *, slot: int = 0) -> int:
         if ids is None:
             return
         async with Identities(settings.redis, key) as identities:
-            ends = await process.persist(lambda: asyncio.to_thread(_read_patients_end, settings), stop)
+            ends = await process.persist(lambda: asyncio.to_thread(process.read_patients_end, settings), stop)
             if ends is None:
                 return
             identities.require(*ends)
@@ -108,11 +107,3 @@ async def _serve(settings: Settings, slot: int, worker: Worker, stop: asyncio.Ev
             wait.cancel()
         await faust_worker.stop()
         await worker.feeder.close()
-
-
-def _read_patients_end(settings: Settings) -> tuple[dict[int, int], str]:
-    reader = TopicReader(settings.kafka, catalog.PATIENTS)
-    try:
-        return reader.end_offsets(), reader.topic_id()
-    finally:
-        reader.close()
