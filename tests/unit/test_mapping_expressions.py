@@ -89,6 +89,28 @@ def test_plain_paths_agree_with_the_interpreter(parts, value):
     assert same(expression.evaluate(value), jmespath.search(text, value))
 
 
+EDGES = [None, True, False, 0, 1, -1, "", "0", "a", [], [0], [False], {}, {"a": 1}, {"a": None}]
+
+
+@pytest.mark.parametrize(
+    "text", ["a == b", "a != b", "a || b", "a && b", "!a", "!(a && b)", "a.a || b.a", "a == `1`", "a == `true`"]
+)
+def test_operators_agree_with_the_interpreter_on_every_pair_of_edges(text):
+    expression, oracle = Expression(text), jmespath.compile(text)
+    for one in EDGES:
+        for other in EDGES:
+            value = {"a": one, "b": other}
+            assert same(expression.evaluate(value), oracle.search(value)), value
+
+
+@pytest.mark.parametrize("length", range(4))
+def test_indexes_agree_with_the_interpreter_at_every_position(length):
+    value = {"a": [{"b": position} for position in range(length)]}
+    for position in range(-5, 6):
+        for text in (f"a[{position}]", f"a[{position}].b", f"(a)[{position}] | b"):
+            assert same(Expression(text).evaluate(value), jmespath.search(text, value)), text
+
+
 @given(values)
 def test_falseness_agrees_with_the_interpreter(value):
     assert is_false(value) is (jmespath.search("@ && `1` || `2`", value) == 2)

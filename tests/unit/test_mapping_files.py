@@ -162,6 +162,7 @@ def test_preview_shows_each_body_or_why_not(write):
         (ACME, "topic: payments, ", PHI_SETTLEMENTS, "events.payment.0.attributes", "no protected health"),
         (STRIPE, "minor: amount_received", "minor: amount", "examples.0.then.minor", "gives 20000, not 12345"),
         (STRIPE, "id_of(payment_intent) || id_of(charge) ||", "payment_intent ||", "examples.1.then", "FIELD_INVALID"),
+        (STRIPE, "exponent: 0", "exponent: false", "examples.3.then.exponent", "gives 0, not False"),
         (STRIPE, "captured && !payment_intent", "captured", "examples.2.then", "gives failure FIELD_MISSING"),
     ],
 )  # fmt: skip

@@ -154,6 +154,14 @@ def test_settlement_never_names_a_person(overlay):
     assert (event.patient, event.visit, event.claim) == (None, None, None)
 
 
+@pytest.mark.parametrize("value", [True, False, [], {"id": "pi_2"}])
+def test_id_is_text_or_a_whole_number(value):
+    kind, code, field = fail(build_body("payout.paid", id=value))
+    assert (kind, field) == (FailureKind.INVALID, "object_id")
+    assert code == "FIELD_INVALID"
+    assert normalise(build_body("payout.paid", id=17)).event.object_id == "17"
+
+
 @pytest.mark.parametrize(
     ("headers", "failure"),
     [
