@@ -8,19 +8,22 @@ from __future__ import annotations
 import datetime as dt
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from runtime import command_steps as steps
 from runtime import installation, output
+from runtime.command_steps import Assignments, Config, Embedded, Json
 from runtime.configuration import MissingFileError, SettingsError, SyntaxIssueError, show_path
 from runtime.layers import suggest
+from runtime.service_commands import schemas_app, stack_app, topics_app
 from schemas.failure import ConfigurationError, ExitCode, OperatorError
 
 if TYPE_CHECKING:
-    from runtime.settings import Settings
+    pass
 
 EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong usage, 75 try again, 78 wrong configuration."
 
@@ -33,9 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-topics_app = typer.Typer(help="The topics of this deployment.", no_args_is_help=True)
-schemas_app = typer.Typer(help="The event schemas in the registry.", no_args_is_help=True)
-stack_app = typer.Typer(help="The embedded Kafka, registry and Redis.", no_args_is_help=True)
 config_app = typer.Typer(help="The configuration file.", no_args_is_help=True)
 mapping_app = typer.Typer(help="Mapping files.", no_args_is_help=True)
 for name, group in (
@@ -43,26 +43,6 @@ for name, group in (
     ("mapping", mapping_app),
 ):  # fmt: skip
     app.add_typer(group, name=name)
-
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", metavar="FILE", help="Configuration file; default $REMITSTREAM_CONFIG or remitstream.toml."
-    ),
-]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="One setting, for example `targets.epic-north.port=2575`; repeatable."
-    ),
-]
-Embedded = Annotated[
-    bool | None,
-    typer.Option(
-        "--embedded/--no-embedded", help="Use the embedded stack, or your own services, whatever the file says."
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 class UnknownTargetError(ConfigurationError):
@@ -79,13 +59,13 @@ class UnknownTargetError(ConfigurationError):
 @app.command(epilog="Example: remitstream receive --config remitstream.toml")
 def receive(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
     """Take webhooks in: verify, redact, publish, then answer."""
-    _run_role("receiver", _open_attached(config, assignments, embedded=embedded))
+    steps.run_role("receiver", steps.open_attached(config, assignments, embedded=embedded))
 
 
 @app.command(epilog="Example: remitstream listen --config remitstream.toml")
 def listen(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
     """Take HL7 v2 messages in over MLLP."""
-    _run_role("listener", _open_attached(config, assignments, embedded=embedded))
+    steps.run_role("listener", steps.open_attached(config, assignments, embedded=embedded))
 
 
 @app.command(epilog="Example: remitstream worker --slot 1 --set worker.instance=host-a")
@@ -97,13 +77,13 @@ def worker(
     embedded: Embedded = None,
 ) -> None:
     """Turn raw records into canonical events."""
-    _run_role("worker", _open_attached(config, assignments, embedded=embedded), slot=slot)
+    steps.run_role("worker", steps.open_attached(config, assignments, embedded=embedded), slot=slot)
 
 
 @app.command(epilog="Example: remitstream project --config remitstream.toml")
 def project(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
     """Keep the patient look-up in Redis up to date."""
-    _run_role("projector", _open_attached(config, assignments, embedded=embedded))
+    steps.run_role("projector", steps.open_attached(config, assignments, embedded=embedded))
 
 
 @app.command(epilog="Example: remitstream deliver epic-north epic-harbor")
@@ -115,7 +95,7 @@ def deliver(
     embedded: Embedded = None,
 ) -> None:
     """Post canonical events to target systems."""
-    settings = _open_attached(config, assignments, embedded=embedded)
+    settings = steps.open_attached(config, assignments, embedded=embedded)
     known = [target.name for target in settings.targets]
     for target in targets or ():
         if target not in known:
@@ -124,13 +104,13 @@ def deliver(
                 place=target,
                 remedy=suggest(target, known),
             )
-    _run_role("deliverer", settings, tuple(targets or known))
+    steps.run_role("deliverer", settings, tuple(targets or known))
 
 
 @app.command(epilog="Example: remitstream sandbox --config examples/three-facilities.toml")
 def sandbox(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
     """Run the simulated billing systems of all targets."""
-    _run_role("sandbox", _open(config, assignments, embedded=embedded))
+    steps.run_role("sandbox", steps.open_settings(config, assignments, embedded=embedded))
 
 
 @app.command(
@@ -153,9 +133,9 @@ def run(
     ] = None,
 ) -> None:
     """Bring everything up on this machine, drive sample traffic through and show it."""
-    settings = _open(config, assignments, embedded=embedded, create_secrets=True)
-    body = _load("runtime.run", "run")
-    _exit(
+    settings = steps.open_settings(config, assignments, embedded=embedded, create_secrets=True)
+    body = steps.load("runtime.run", "run")
+    steps.exit_with(
         body(
             settings,
             once=once,
@@ -179,8 +159,8 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Tell one event's story from raw record to outcome."""
-    settings = _open_attached(config, assignments, embedded=embedded)
-    output.print_data(_load("runtime.trace", "trace")(settings, identifier), as_json=as_json)
+    settings = steps.open_attached(config, assignments, embedded=embedded)
+    output.print_data(steps.load("runtime.trace", "trace")(settings, identifier), as_json=as_json)
 
 
 @app.command(epilog="Example: remitstream account --since 2026-03-01T00:00:00Z")
@@ -196,116 +176,10 @@ def account(
 ) -> None:
     """Balance the books: what was accepted, and what became of it. Exits 1 when anything is lost or twice."""
     moment = _parse_time(since) if since is not None else None
-    settings = _open_attached(config, assignments, embedded=embedded)
-    balance = _load("runtime.account", "account")(settings, moment)
+    settings = steps.open_attached(config, assignments, embedded=embedded)
+    balance = steps.load("runtime.account", "account")(settings, moment)
     output.print_data(balance, as_json=as_json)
-    _exit(ExitCode.OK if balance["balanced"] else ExitCode.FAILED)
-
-
-# ---------------------------------------------------------------- topics and schemas
-
-
-@topics_app.command("list", epilog="Example: remitstream topics list --json")
-def list_topics(
-    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
-) -> None:
-    """List the topics, what they hold and for how long."""
-    settings = _open(config, assignments, embedded=embedded)
-    topics = {
-        topic.name: {
-            "purpose": topic.purpose,
-            "key": topic.key,
-            "schema": topic.schema,
-            "partitions": topic.partitions or settings.worker.partitions,
-            "cleanup": topic.cleanup,
-            "retention_ms": topic.retention_ms,
-            "phi": topic.phi,
-        }
-        for topic in settings.topics
-    }
-    output.print_data(topics, as_json=as_json)
-
-
-@topics_app.command("apply", epilog="Example: remitstream topics apply --config remitstream.toml")
-def apply_topics(
-    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
-) -> None:
-    """Create what is missing and set what differs; a partition count is never changed."""
-    settings = _open_attached(config, assignments, embedded=embedded)
-    apply = _load("topics.provision", "apply")
-    changes = apply(settings.kafka, settings.topics, partitions=settings.worker.partitions, embedded=settings.embedded)
-    output.print_data({"changes": changes}, as_json=as_json)
-
-
-@topics_app.command("check", epilog="Example: remitstream topics check --json")
-def check_topics(
-    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
-) -> None:
-    """Compare the cluster with the catalog. Exits 1 when anything differs."""
-    settings = _open_attached(config, assignments, embedded=embedded)
-    check = _load("topics.provision", "check")
-    problems = check(settings.kafka, settings.topics, partitions=settings.worker.partitions, embedded=settings.embedded)
-    output.print_data({"problems": problems}, as_json=as_json)
-    _exit(ExitCode.FAILED if problems else ExitCode.OK)
-
-
-@schemas_app.command("check", epilog="Example: remitstream schemas check")
-def check_schemas(
-    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
-) -> None:
-    """Whether every schema in force is registered, or at least compatible."""
-    settings = _open_attached(config, assignments, embedded=embedded)
-    registry = _load("topics.registry", "Registry")(settings.registry)
-    output.print_data({"schemas": _load("topics.registry", "find_ids")(registry, settings.topics)}, as_json=as_json)
-
-
-@schemas_app.command("register", epilog="Example: remitstream schemas register")
-def register_schemas(
-    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
-) -> None:
-    """Register every schema; nothing is changed when one would break older readers."""
-    settings = _open_attached(config, assignments, embedded=embedded)
-    registry = _load("topics.registry", "Registry")(settings.registry)
-    output.print_data(
-        {"schemas": _load("topics.registry", "register_schemas")(registry, settings.topics)}, as_json=as_json
-    )
-
-
-# ---------------------------------------------------------------- embedded stack
-
-
-@stack_app.command("up", epilog="Example: remitstream stack up --config examples/three-facilities.toml")
-def start_stack(
-    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
-) -> None:
-    """Download what is missing, start all three and wait until they answer. They stay up."""
-    commands = importlib.import_module("runtime.commands.stack")
-    stack = commands.open_stack(_open(config, assignments, embedded=embedded, create_secrets=True))
-    output.print_data(stack.up(commands.LineProgress()), as_json=as_json)
-
-
-@stack_app.command("down", epilog="Example: remitstream stack down")
-def stop_stack(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
-    """Stop all three; data stays."""
-    _open_stack(config, assignments, embedded=embedded).down()
-
-
-@stack_app.command("reset", epilog="Example: remitstream stack reset")
-def reset_stack(*, config: Config = None, assignments: Assignments = None, embedded: Embedded = None) -> None:
-    """Stop all three and remove their data; downloads stay."""
-    _open_stack(config, assignments, embedded=embedded).reset()
-
-
-@stack_app.command("status", epilog="Example: remitstream stack status --json")
-def show_stack(
-    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
-) -> None:
-    """What each component does. Exits 75 unless all are running."""
-    states = importlib.import_module("runtime.commands.stack").describe(
-        _open_stack(config, assignments, embedded=embedded)
-    )
-    output.print_data(states, as_json=as_json)
-    _exit(ExitCode.OK if all(part["state"] == "running" for part in states.values()) else ExitCode.RETRY)
+    steps.exit_with(ExitCode.OK if balance["balanced"] else ExitCode.FAILED)
 
 
 # ---------------------------------------------------------------- configuration
@@ -318,13 +192,13 @@ def check_config(
     """Name every wrong setting at once, with line, accepted values and remedy. Nothing is started or changed."""
     commands = importlib.import_module("runtime.commands.config")
     try:
-        settings = _open(config, assignments, embedded=embedded)
+        settings = steps.open_settings(config, assignments, embedded=embedded)
     except (SettingsError, MissingFileError, SyntaxIssueError) as error:
         if not as_json:
             raise
         issues = error.list_issues() if isinstance(error, SettingsError) else [_describe_issue(error)]
         output.print_data({"valid": False, "code": error.code, "issues": issues}, as_json=True)
-        _exit(error.exit_code)
+        steps.exit_with(error.exit_code)
     else:
         output.print_data(commands.summarise(settings), as_json=as_json)
 
@@ -335,7 +209,7 @@ def show_config(
 ) -> None:
     """Print every effective setting with its origin. Secrets are shown by reference only."""
     commands = importlib.import_module("runtime.commands.config")
-    entries = commands.list_settings(_open(config, assignments, embedded=embedded))
+    entries = commands.list_settings(steps.open_settings(config, assignments, embedded=embedded))
     if as_json:
         output.print_data(entries, as_json=True)
     else:
@@ -362,9 +236,9 @@ def check_mappings(
     commands = importlib.import_module("runtime.commands.mapping")
     problems = commands.check(files)
     if problems and not as_json:
-        raise _load("schemas.mapping", "MappingError")(problems)
+        raise steps.load("schemas.mapping", "MappingError")(problems)
     output.print_data(commands.summarise(files, problems), as_json=as_json)
-    _exit(ExitCode.CONFIGURATION if problems else ExitCode.OK)
+    steps.exit_with(ExitCode.CONFIGURATION if problems else ExitCode.OK)
 
 
 @app.command(epilog="Example: remitstream tables --check")
@@ -374,7 +248,7 @@ def tables(
     folder: Annotated[Path, typer.Option("--root", metavar="FOLDER", help="The source tree.")] = Path(),
 ) -> None:
     """Write the generated documents (errors, settings, topics, connectors)."""
-    changed = _load("runtime.tables", "check" if check else "write")(folder)
+    changed = steps.load("runtime.tables", "check" if check else "write")(folder)
     typer.echo("\n".join(f"wrote {path}" for path in changed) or "All generated documents are up to date.")
 
 
@@ -394,56 +268,6 @@ def answer_version(
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(ExitCode.USAGE)
-
-
-def _read_assignments(texts: Sequence[str] | None, *, embedded: bool | None) -> list[tuple[str, str]]:
-    pairs = []
-    for text in texts or ():
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip("."):
-            raise typer.BadParameter("give KEY=VALUE, for example worker.partitions=8", param_hint="--set")
-        pairs.append((key.strip(), value))
-    if embedded is not None:
-        pairs.append(("stack.embedded", str(embedded).lower()))
-    return pairs
-
-
-def _open(
-    config: Path | None, assignments: Sequence[str] | None, *, embedded: bool | None, create_secrets: bool = False
-) -> Settings:
-    """Read the settings; with ``create_secrets`` the embedded mode's missing secret files are made first."""
-    module = importlib.import_module("runtime.settings")
-    pairs = _read_assignments(assignments, embedded=embedded)
-    if create_secrets:
-        for path in module.ensure_secrets(config, pairs):
-            typer.echo(f"created {show_path(path)}", err=True)
-    settings: Settings = module.read_settings(config, pairs)
-    return settings
-
-
-def _open_attached(config: Path | None, assignments: Sequence[str] | None, *, embedded: bool | None) -> Settings:
-    """Read the settings and find the services."""
-    settings = _open(config, assignments, embedded=embedded)
-    attached: Settings = importlib.import_module("runtime.commands.stack").attach(settings)
-    return attached
-
-
-def _open_stack(config: Path | None, assignments: Sequence[str] | None, *, embedded: bool | None) -> Any:
-    return importlib.import_module("runtime.commands.stack").open_stack(_open(config, assignments, embedded=embedded))
-
-
-def _load(module: str, function: str) -> Callable[..., Any]:
-    body: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return body
-
-
-def _run_role(role: str, settings: Settings, *arguments: Any, **options: Any) -> None:
-    _exit(_load(f"runtime.roles.{role}", "run")(settings, *arguments, **options))
-
-
-def _exit(code: int) -> None:
-    if code:
-        raise typer.Exit(int(code))
 
 
 def _parse_time(text: str) -> dt.datetime:

@@ -40,7 +40,10 @@ class ReceiverSettings(Strict):
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8480, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     max_body_bytes: int = Field(
-        default=1_048_576, ge=1024, le=4_194_304, description="Larger deliveries are refused with 413."
+        default=1_048_576,
+        ge=1024,
+        le=4_194_304,
+        description="Larger deliveries are refused with 413; a gateway's own limit may be lower.",
     )
     tls: CertificateSettings | None = Field(
         default=None, description="Without it the receiver belongs behind a TLS proxy."
@@ -75,9 +78,6 @@ class WorkerSettings(Strict):
         ge=1,
         le=720,
         description="How long a refund or dispute waits for its unknown payment before review.",
-    )
-    waiting_limit: int = Field(
-        default=100_000, ge=1, description="Records on hold in a partition above which its source pauses."
     )
 
 

@@ -27,6 +27,7 @@ from runtime import secret_references
 from runtime.configuration import Issue, Key, MissingFileError, SettingsError, read_document, show_path
 from runtime.connectors import find_target_model, list_gateways, list_targets
 from runtime.cross_checks import Known, is_file_key, run_checks
+from runtime.embedded_mode import ADDRESSES, decide_embedded
 from runtime.layers import (
     PREFIX,
     Layer,
@@ -146,8 +147,8 @@ class Settings(BaseSettings):
 
     def override(self, values: Mapping[str, str]) -> Settings:
         """The same settings with some dotted keys replaced, as by ``--set``; the embedded mode stays as it is."""
-        overrides = [*self._reading.overrides, ("stack.embedded", str(self.embedded).lower()), *values.items()]
-        return read_settings(self.file, overrides)
+        chosen = dict(self._reading.overrides) | {"stack.embedded": str(self.embedded).lower()} | dict(values)
+        return read_settings(self.file, chosen.items())
 
     def find_origin(self, key: Key) -> Origin | None:
         """Where a value was given; None for a default."""
@@ -178,7 +179,7 @@ def read_settings(path: Path | None = None, overrides: Iterable[tuple[str, str]]
     file, chosen = _find_file(path), tuple(overrides)
     merged = _merge(file, chosen)
     issues = list(merged.issues)
-    embedded = _decide_embedded(merged, issues)
+    embedded = decide_embedded(merged, issues)
     references, resolve_issues = _resolve_secrets(merged, embedded=embedded)
     issues += resolve_issues
     _make_paths_absolute(merged, file)
@@ -203,7 +204,7 @@ def ensure_secrets(path: Path | None = None, overrides: Iterable[tuple[str, str]
     Each gets random content and mode 0600. Returns those that were created. Files outside are never replaced.
     """
     merged = _merge(_find_file(path), tuple(overrides))
-    if not _decide_embedded(merged, []):
+    if not decide_embedded(merged, []):
         return ()
     created = []
     for key, kind, given in walk(Settings, merged.tree, (), find_target_model):
@@ -296,37 +297,6 @@ def _read_environment() -> tuple[Layer, list[Issue]]:
     return build_environment_layer(tree, names), issues
 
 
-def _decide_embedded(merged: Merged, issues: list[Issue]) -> bool:
-    """Whether the embedded stack serves: asked for, and no Kafka address of higher rank.
-
-    Drops the addresses it replaces. At equal rank in flags and environment the address is that of the stack itself.
-    """
-    stack = merged.tree.get("stack")
-    asked = stack.get("embedded") if isinstance(stack, dict) else False
-    if str(asked).lower() not in ("true", "1", "yes", "on"):
-        return False
-    rank, address = merged.get_rank("stack", "embedded"), merged.get_rank("kafka", "bootstrap")
-    if address > rank:
-        return False
-    if address == rank == Rank.FILE:
-        origin = merged.origins[("kafka", "bootstrap")]
-        issues.append(
-            Issue(
-                key="kafka.bootstrap",
-                place=origin.place,
-                problem="given beside `stack.embedded = true`.",
-                remedy="Remove it for the embedded stack, or set `stack.embedded = false` for your own.",
-            )
-        )
-    for section, name in _ADDRESSES:
-        if Rank.DEFAULT < merged.get_rank(section, name) < rank:
-            merged.drop((section, name))
-    return True
-
-
-_ADDRESSES = (("kafka", "bootstrap"), ("registry", "url"), ("redis", "url"))
-
-
 def _check_services(merged: Merged, *, embedded: bool) -> list[Issue]:
     """Outside the embedded mode each service needs its address: a default would be somebody's other broker."""
     if embedded:
@@ -339,7 +309,7 @@ def _check_services(merged: Merged, *, embedded: bool) -> list[Issue]:
             accepted=_get_field(section, name).description or "",
             remedy=f"Set it, or {PREFIX}{section.upper()}__{name.upper()}, or `stack.embedded = true`.",
         )
-        for section, name in _ADDRESSES
+        for section, name in ADDRESSES
         if section in Settings.model_fields and merged.get_rank(section, name) == Rank.DEFAULT
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from runtime.roles import process
@@ -30,7 +31,12 @@ def run(settings: Settings, *, redact: bool = True) -> int:
             redact=redact,
             count=METRICS.count,
         )
-        app = build_app(gateways=catalog.discover(), accounts=settings.accounts, intake=intake, count=METRICS.count)
+        limit = settings.receiver.max_body_bytes
+        gateways = {
+            name: replace(gateway, max_body_bytes=min(gateway.max_body_bytes, limit))
+            for name, gateway in catalog.discover().items()
+        }
+        app = build_app(gateways=gateways, accounts=settings.accounts, intake=intake, count=METRICS.count)
         tls = settings.receiver.tls
         async with connected, process.serve_health(settings, settings.health.receiver, connected.ready("kafka")):
             await serve(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import cli, installation
+from runtime import cli, command_steps, installation
 from runtime.commands import stack as stack_commands
 from runtime.commands.config import HIDDEN
 from schemas.failure import ConfigurationError, TemporaryError
@@ -75,7 +75,7 @@ def bodies(monkeypatch):
 
         return body
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(command_steps, "load", load)
     return calls, answers
 
 

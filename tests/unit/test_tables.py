@@ -84,6 +84,19 @@ def test_every_setting_is_explained():
     assert unexplained == []
 
 
+def test_every_setting_of_ours_has_an_effect():
+    """A setting that nobody reads is a promise nobody keeps."""
+    text = "\n".join(path.read_text() for package in tables.PACKAGES for path in (ROOT / package).rglob("*.py"))
+    unread = [
+        f"{section}.{name}"
+        for section, field in Settings.model_fields.items()
+        if getattr(field.annotation, "__module__", "") == "runtime.sections"
+        for name in field.annotation.model_fields
+        if not re.search(rf"\.{section}\.{name}\b", text)
+    ]
+    assert unread == []
+
+
 def test_known_cells_of_the_topic_table():
     text = tables.render_topics()
     [payments] = [line for line in text.splitlines() if line.startswith("| `payments` |")]
