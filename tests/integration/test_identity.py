@@ -445,6 +445,15 @@ async def test_a_redis_that_hangs_is_down_and_its_late_answers_reach_no_one(make
         assert await reader.resolve([B]) == [Known(B)]
 
 
+async def test_the_deadline_holds_whatever_one_answer_may_take(make, settings, wire):
+    reader = make(Identities, settings=through(settings, wire, socket_timeout_seconds=10, deadline_seconds=0.2))
+    reader.require({})
+    wire.hanging = True
+    with pytest.raises(RedisDown):
+        async with asyncio.timeout(8):  # without a deadline of its own, this one would strike and not be RedisDown
+            await reader.resolve([A])
+
+
 # --- the projector between Kafka and Redis ---
 
 

@@ -75,6 +75,7 @@ class FakeRedis:
         self.errors = []
         self.closed = False
         self.positions = {}
+        self.watch = lambda begins: None
 
     async def begin(self, partitions):
         if self.offset is None:
@@ -87,6 +88,7 @@ class FakeRedis:
     async def apply(self, changes, begins, next_offsets):
         if self.errors:
             raise self.errors.pop(0)
+        self.watch(begins[0])
         if self.offset is None or self.offset < begins[0]:
             return await self.begin([0]) or Replay(dict(self.positions), "BEHIND")
         for change in changes:
@@ -233,11 +235,12 @@ async def test_not_ready_until_a_replay_is_through():
     projector = build(topic, redis, max_records=1)
     async with running(projector):
         await until(lambda: projector.ready()[0])
-        redis.offset, redis.data = None, {}
         seen = []
-        await until(lambda: seen.append((projector.ready()[0], redis.offset)) or redis.offset == 10)
+        redis.watch = lambda begins: seen.append((begins, projector.ready()[0]))
+        redis.offset, redis.data = None, {}
+        await until(lambda: redis.offset == 10)
         await until(lambda: projector.ready()[0])
-    assert not [offset for ready, offset in seen if ready and offset is not None and 0 < offset < 9]
+    assert [begins for begins, ready in seen if not ready] == list(range(10))
 
 
 async def test_a_poll_that_failed_halfway_loses_no_record():
