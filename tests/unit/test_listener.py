@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from itertools import pairwise
 
 import pytest
+import uvloop
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -37,6 +38,15 @@ TENANCY = Tenancy(
 )
 
 NOW = 1_740_900_000.5
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture:DeprecationWarning")
+
+
+@pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], ids=["asyncio", "uvloop"])
+def event_loop_policy(request):
+    """Both event loops: their transports differ in what they see and when."""
+    return request.param()
 
 
 def build_message(

@@ -8,6 +8,7 @@ import subprocess
 from contextlib import asynccontextmanager
 
 import pytest
+import uvloop
 
 from clients.mllp import MllpClient, MllpFailure
 from schemas.failure import FailureKind
@@ -17,6 +18,15 @@ MESSAGE = b"MSH|^~\\&|R|H|B|H|20250301||DFT^P03|%s|P|2.5.1\rFT1|1\r"
 
 def build_ack(control_id: bytes, code: bytes = b"AA") -> bytes:
     return b"\x0bMSH|^~\\&|B|H|R|H|20250301||ACK|9|P|2.5.1\rMSA|%s|%s\r\x1c\r" % (code, control_id)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture:DeprecationWarning")
+
+
+@pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], ids=["asyncio", "uvloop"])
+def event_loop_policy(request):
+    """Both event loops: their transports differ in what they see and when."""
+    return request.param()
 
 
 class Receiver:
@@ -138,7 +148,7 @@ class TestNeverSent:
     async def test_the_deadline_passes_while_waiting_for_a_connection(self):
         receiver = Receiver(stay_silent)
         async with connect(receiver) as client:
-            first = asyncio.create_task(fail(client, b"1", deadline=1))
+            first = asyncio.create_task(fail(client, b"1", deadline=0.5))
             await asyncio.sleep(0.05)
             second = await fail(client, b"2", deadline=0.05)
             assert describe(second) == (FailureKind.UNAVAILABLE, "CONNECT_TIMEOUT")
@@ -188,7 +198,7 @@ class TestMayHaveLanded:
     async def test_whatever_is_not_the_answer_closes_the_connection(self, step, code):
         receiver = Receiver(step)
         async with connect(receiver) as client:
-            deadline = 0.5 if code == "NO_ANSWER" else 10
+            deadline = 0.2 if code == "NO_ANSWER" else 10
             assert describe(await fail(client, deadline=deadline)) == (FailureKind.AMBIGUOUS, code)
             await asyncio.wait_for(receiver.closed.get(), 5)
             assert await client.send(MESSAGE % b"2", "2", deadline=5) == build_ack(b"2")[1:-2]
