@@ -287,7 +287,7 @@ class Listener:
         whole = self._feeds.get((header.segment.raw(3), header.segment.raw(4)))
         return whole or self._feeds.get((header.sending_application, header.sending_facility))
 
-    def _judge(self, header: hl7.Header, frame: Frame, feed: Feed | None) -> Refusal | None:  # noqa: PLR0911
+    def _judge(self, header: hl7.Header, frame: Frame, feed: Feed | None) -> Refusal | None:
         if header.segment.name != "MSH":
             return _BATCH
         if feed is None:
