@@ -82,7 +82,8 @@ class _Run:
         self._events = events
         self._home = settings.stack.home.parent
         self._seed = seed
-        self._console = Console()
+        # Lines written to a file are not for us to break.
+        self._console = Console(soft_wrap=True)
         self._view = View(self._console)
         self._start = _Start()
         self._stack: EmbeddedStack | None = None
