@@ -348,7 +348,7 @@ class MoneyDecider:
             root = mapped.event.root
             if mapped.is_root:
                 roots[root] = mapped.event.patient
-            reference = mapped.event.patient if mapped.is_root else roots.get(root)
+            reference = mapped.event.patient or roots.get(root)
             if reference is None and root not in roots:
                 lineage = drafts[candidate.record.partition].read_lineage(root)
                 reference = Reference(*lineage.patient) if lineage is not None and lineage.patient else None
@@ -387,7 +387,9 @@ class _Lane:
     def expire(self, before_ms: int) -> None:
         """End the hold of records whose parent never came: a person decides."""
         for held in self.room.room.list_expired(before_ms):
-            self._release(held, expired=True)
+            # A parent that came and waits for its patient releases its children itself.
+            if self._draft.read_lineage(held.entity) is None:
+                self._release(held, expired=True)
 
     def release_known(self, due: Sequence[str]) -> None:
         """Release, in order, every entity whose awaited identity is decided now."""
@@ -419,7 +421,9 @@ class _Lane:
             return
         try:
             ended = self._settle(record, mapped, held=None)
-        except (Failure, ValueError, TypeError, KeyError) as error:
+        except OperatorError:
+            raise
+        except Exception as error:  # noqa: BLE001 - as in _guard: encoding is part of what a record may fail at
             self._writer.dead_letter(record, _as_failure(error), "normalise")
             return
         self._draft.write_seen(event.transaction_key, [SeenEntry(digest, record.hop)])
@@ -528,7 +532,9 @@ class _Lane:
                 self._writer.review(record, mapped.event, "PARENT_NEVER_CAME")
             elif not self._settle(record, mapped, held):
                 return False
-        except (Failure, ValueError, TypeError, KeyError) as error:
+        except OperatorError:
+            raise
+        except Exception as error:  # noqa: BLE001 - as in _guard
             self._end_as_dead_letter(held, entry, record, _as_failure(error))
             return True
         self._end(held)
@@ -537,9 +543,10 @@ class _Lane:
     def _end_as_dead_letter(self, held: Held, entry: WaitingEntry, record: RawRecord, failure: Failure) -> None:
         self._writer.dead_letter(record, failure, "release")
         seen = self._draft.read_seen(entry.transaction_key)
-        if seen and seen[0].hop == entry.hop:
-            # Void, in the same transaction: a good copy or a redrive must pass.
-            self._draft.write_seen(entry.transaction_key, [])
+        others = [copy for copy in seen if copy.hop != entry.hop]
+        if len(others) < len(seen):
+            # Void, in the same transaction: a good copy or a redrive must pass. Copies in review stay known.
+            self._draft.write_seen(entry.transaction_key, others)
         self._end(held)
 
     def _end(self, held: Held) -> None:
@@ -565,29 +572,34 @@ class AdmissionDecider:
         writer = _Writer(self._codecs, self.source, self._clock.now_ms())
         drafts = {partition: Draft(room.state) for partition, room in rooms.items()}
         for record in records:
+            drafts[record.partition].cause = record.hop
             if record.hop in refused:
                 writer.dead_letter(record, Failure(FailureKind.INVALID, "REFUSED_BY_BROKER", "record"), "normalise")
                 continue
-            read = _guard(lambda record=record: read_admission(record, self._tenancy))
-            if isinstance(read, Failure):
-                writer.dead_letter(record, read, "normalise")
-            elif isinstance(read, IgnoredAdmission):
-                writer.dispose(record, Fate.IGNORED, read.reason, find_header(record.headers, "ce_type") or "")
-            else:
-                draft = drafts[record.partition]
-                digest = self._hmac_key.hash_facts(*read.facts)
-                feed = find_header(record.headers, headers.ACCOUNT) or ""
-                # Senders restart their control ids: the same id with other bytes is another message.
-                key = f"{self.source}:{feed}:{read.control_id}:{digest.hex()}"
-                seen = draft.read_seen(key)
-                if seen:
-                    writer.dispose(record, Fate.SUPPRESSED, "DUPLICATE", read.message_type, seen[0].hop)
-                    continue
-                draft.write_seen(key, [SeenEntry(digest, record.hop)])
-                writer.decision.outputs.extend(self._publish(record, patient) for patient in read.records)
-                writer.dispose(record, Fate.PATIENT_UPDATE, "ADMISSION", read.message_type, build_event_id(key))
+            failure = _guard(self._decide_one, writer, drafts[record.partition], record)
+            if failure is not None:
+                writer.dead_letter(record, failure, "normalise")
         writer.decision.drafts = list(drafts.values())
         return writer.decision
+
+    def _decide_one(self, writer: _Writer, draft: Draft, record: RawRecord) -> None:
+        """Decide one message. Raises before anything was written."""
+        read = read_admission(record, self._tenancy)
+        if isinstance(read, IgnoredAdmission):
+            writer.dispose(record, Fate.IGNORED, read.reason, find_header(record.headers, "ce_type") or "")
+            return
+        digest = self._hmac_key.hash_facts(*read.facts)
+        feed = find_header(record.headers, headers.ACCOUNT) or ""
+        # Senders restart their control ids: the same id with other bytes is another message.
+        key = f"{self.source}:{feed}:{read.control_id}:{digest.hex()}"
+        seen = draft.read_seen(key)
+        if seen:
+            writer.dispose(record, Fate.SUPPRESSED, "DUPLICATE", read.message_type, seen[0].hop)
+            return
+        published = [self._publish(record, patient) for patient in read.records]
+        draft.write_seen(key, [SeenEntry(digest, record.hop)])
+        writer.decision.outputs.extend(published)
+        writer.dispose(record, Fate.PATIENT_UPDATE, "ADMISSION", read.message_type, build_event_id(key))
 
     def rebuild(self, room: Room) -> None:
         """Nothing of an admission waits."""
