@@ -104,7 +104,7 @@ class Account:
         }
 
 
-class _Reader:
+class TopicScan:
     """Reads the topics of a deployment, committed records only."""
 
     def __init__(self, settings: Settings) -> None:
@@ -157,7 +157,7 @@ class _Books:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._reader = _Reader(settings)
+        self._scan = TopicScan(settings)
         self._fates: dict[str, list[str]] = {}
         self._sources: dict[str, str] = {}
         self._unread: set[str] = set()
@@ -165,16 +165,16 @@ class _Books:
         self._doubled_events = 0
         self.reasons: Counter[str] = Counter()
         self._target_frontiers = {
-            target.name: self._reader.read_frontiers(name_delivery_group(target.name)) for target in settings.targets
+            target.name: self._scan.read_frontiers(name_delivery_group(target.name)) for target in settings.targets
         }
 
     def read_raw(self, since_ms: int) -> None:
         """Every raw record, and whether a worker has passed it."""
-        frontiers = self._reader.read_frontiers(WORKER_GROUP)
+        frontiers = self._scan.read_frontiers(WORKER_GROUP)
         for source in self._settings.sources:
             topic = catalog.name_raw(source)
-            topic_id = self._reader.find_id(topic)
-            for record in self._reader.read(topic):
+            topic_id = self._scan.find_id(topic)
+            for record in self._scan.read(topic):
                 if record.timestamp < since_ms:
                     continue
                 hop = f"{topic_id}:{record.partition}:{record.offset}"
@@ -186,7 +186,7 @@ class _Books:
     def read_canonical(self) -> None:
         """Every canonical event of a known raw record."""
         for topic in catalog.CANONICAL_MONEY:
-            for record in self._reader.read(topic):
+            for record in self._scan.read(topic):
                 hop = find_header(record.headers, headers.HOP) or ""
                 if hop not in self._fates:
                     continue
@@ -203,19 +203,19 @@ class _Books:
 
     def read_other_fates(self) -> Iterator[tuple[str, str, str]]:
         """(hop, fate, reason) of everything that is not canonical."""
-        dispositions = self._reader.build_decoder("disposition", Disposition)
-        for record in self._reader.read(catalog.DISPOSITIONS):
+        dispositions = self._scan.build_decoder("disposition", Disposition)
+        for record in self._scan.read(catalog.DISPOSITIONS):
             disposition = dispositions.decode(record.value or b"")
             yield disposition.hop, disposition.fate, disposition.reason
-        for record in self._reader.read(catalog.DLQ):
+        for record in self._scan.read(catalog.DLQ):
             if find_header(record.headers, headers.DEAD_LETTER_STAGE) in NORMALISE_STAGES:
                 hop = find_header(record.headers, headers.HOP) or ""
                 yield hop, Fate.DEAD_LETTERED, find_header(record.headers, headers.DEAD_LETTER_CODE) or ""
-        reviews = self._reader.build_decoder("review", Review)
+        reviews = self._scan.build_decoder("review", Review)
         for value in self._read_latest(catalog.REVIEWS):
             review = reviews.decode(value)
             yield review.hop, Fate.IN_REVIEW, review.reason
-        entries = self._reader.build_decoder("waiting_entry", WaitingEntry)
+        entries = self._scan.build_decoder("waiting_entry", WaitingEntry)
         for source in self._settings.sources:
             for value in self._read_latest(catalog.name_waiting(source)) if source != catalog.HL7 else ():
                 entry = entries.decode(value)
@@ -243,7 +243,7 @@ class _Books:
         """The second equation, per target."""
         balances = {name: Balance(len(self._events), dict.fromkeys(OUTCOMES, 0)) for name in self._target_frontiers}
         outcomes = self._read_outcomes(balances)
-        ids = {topic: self._reader.find_id(topic) for topic in catalog.CANONICAL_MONEY}
+        ids = {topic: self._scan.find_id(topic) for topic in catalog.CANONICAL_MONEY}
         for name, balance in balances.items():
             frontiers = self._target_frontiers[name]
             for event_id, (topic, partition, offset) in self._events.items():
@@ -259,8 +259,8 @@ class _Books:
 
     def _read_outcomes(self, balances: dict[str, Balance]) -> dict[str, dict[str, str]]:
         outcomes: dict[str, dict[str, str]] = {name: {} for name in balances}
-        decoder = self._reader.build_decoder("delivery_outcome", DeliveryOutcome)
-        for record in self._reader.read(catalog.DELIVERIES):
+        decoder = self._scan.build_decoder("delivery_outcome", DeliveryOutcome)
+        for record in self._scan.read(catalog.DELIVERIES):
             outcome = decoder.decode(record.value or b"")
             known = outcomes.get(outcome.target)
             if known is None or outcome.event_id not in self._events:
@@ -273,7 +273,7 @@ class _Books:
 
     def _read_latest(self, topic: str) -> Iterator[bytes]:
         latest: dict[bytes, bytes] = {}
-        for record in self._reader.read(topic):
+        for record in self._scan.read(topic):
             if record.value is None:
                 latest.pop(record.key or b"", None)
             else:
