@@ -100,14 +100,11 @@ class _Story:
             topic_id = self._scan.find_id(topic)
             for record in self._scan.read(topic):
                 hop = f"{topic_id}:{record.partition}:{record.offset}"
-                named = (
-                    find_header(record.headers, headers.DELIVERY_ID),
-                    (record.key or b"").decode("utf-8", "replace"),
-                )
-                key_tail = named[1].rpartition("/")[2]
+                delivery = find_header(record.headers, headers.DELIVERY_ID)
+                key = (record.key or b"").decode("utf-8", "replace")
                 if (
                     hop not in self._hops
-                    and self._wanted not in (hop, *named, key_tail)
+                    and self._wanted not in (hop, delivery, key, key.rpartition("/")[2])
                     and b'"' + needle + b'"' not in (record.value or b"")
                 ):
                     continue
