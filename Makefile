@@ -57,11 +57,12 @@ run: $(STAMP) ## Start everything and show it live (ONCE=1, REPORT=file, EVENTS=
 test: $(STAMP) ## Run all tests: unit, conformance, integration on the real stack (ARGS=...)
 	@$(PY) -m pytest $(ARGS)
 
-check: $(STAMP) ## Check format, lint, types and import rules
+check: $(STAMP) ## Check format, lint, types, import rules and generated documents
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
+	@.venv/bin/remitstream tables --check
 
 reset: ## Stop the embedded stack and remove all data of it (the download cache stays)
 	@if [ -x $(PY) ] && [ -d .remitstream/stack ]; then \
