@@ -160,7 +160,11 @@ def trace(
 ) -> None:
     """Tell one event's story from raw record to outcome."""
     settings = steps.open_attached(config, assignments, embedded=embedded)
-    output.print_data(steps.load("runtime.trace", "trace")(settings, identifier), as_json=as_json)
+    story = steps.load("runtime.trace", "trace")(settings, identifier)
+    if as_json:
+        output.print_data(story, as_json=True)
+    else:
+        typer.echo("\n".join(steps.load("runtime.trace", "render")(story)))
 
 
 @app.command(epilog="Example: remitstream account --since 2026-03-01T00:00:00Z")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Annotated
 
 import typer
 
@@ -60,6 +61,27 @@ def check_topics(
     problems = check(settings.kafka, settings.topics, partitions=settings.worker.partitions, embedded=settings.embedded)
     output.print_data({"problems": problems}, as_json=as_json)
     steps.exit_with(ExitCode.FAILED if problems else ExitCode.OK)
+
+
+@topics_app.command(
+    "move-frontier",
+    epilog="Example: remitstream topics move-frontier --group remitstream.worker --topic raw.stripe --partition 3",
+)
+def move_frontier(
+    *,
+    group: Annotated[str, typer.Option("--group", help="Consumer group, for example remitstream.worker.")],
+    topic: Annotated[str, typer.Option("--topic", help="Topic the group reads.")],
+    partition: Annotated[int, typer.Option("--partition", min=0)],
+    to: Annotated[int | None, typer.Option("--to", min=0, help="Next offset; default: the log's start.")] = None,
+    config: Config = None,
+    assignments: Assignments = None,
+    embedded: Embedded = None,
+    as_json: Json = False,
+) -> None:
+    """Set where a stopped group goes on in a partition, after records were lost below its frontier."""
+    settings = steps.open_attached(config, assignments, embedded=embedded)
+    old, new = steps.load("topics.frontier", "move_frontier")(settings.kafka, group, topic, partition, to)
+    output.print_data({"old": old, "new": new}, as_json=as_json)
 
 
 @schemas_app.command("check", epilog="Example: remitstream schemas check")

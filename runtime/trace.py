@@ -44,6 +44,16 @@ def trace(settings: Settings, identifier: str) -> list[Step]:
     return steps
 
 
+def render(steps: list[Step]) -> list[str]:
+    """The story as lines for people: time, what happened, where, and the facts."""
+    width = max(len(step["what"]) for step in steps)
+    return [
+        f"{step['time']}  {step['what']:<{width}}  {step['at']}  "
+        + " ".join(f"{name}={fact}" for name, fact in step.items() if name not in ("time", "what", "at"))
+        for step in steps
+    ]
+
+
 class _Story:
     def __init__(self, settings: Settings, identifier: str) -> None:
         self._settings = settings

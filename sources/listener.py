@@ -333,6 +333,7 @@ class Listener:
             self._count("refused_total", source=SOURCE, reason="internal")
             _LOG.error("message_not_taken", feed=feed.name, exception=type(error).__name__)
             return False
+        self._count("raw_accepted_total", source=SOURCE, facility=feed.facility)
         return True
 
     def _answer(self, header: hl7.Header, content: bytes, feed: Feed | None, refusal: Refusal | None) -> bytes:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from schemas.failure import FatalError
+from schemas.failure import ConfigurationError, FatalError
 from topics import catalog
-from topics.cluster import KafkaUnreachable, name_error
-from topics.reading import Record, read_to_end
+from topics.cluster import PRODUCER, KafkaUnreachable, name_error
+from topics.reading import Record, TopicReader, read_to_end
 from topics.transaction import Output
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class FrontierLost(FatalError):
     code = "RS303"
     meaning = "The log starts above the frontier: records were deleted by retention before they were processed."
     default_remedy = (
-        "Find out what was lost with `remitstream account`; then run `remitstream repair frontier` for this partition."
+        "Find out what is gone (a gateway can send it again); stop the processes of the group, then run "
+        "`remitstream topics move-frontier` for this partition."
     )
 
 
@@ -71,3 +72,58 @@ def await_pending_offsets(
             time.sleep(0.1)
         else:
             return
+
+
+class GroupRunning(ConfigurationError):
+    """A frontier is to be moved under a running process."""
+
+    code = "RS112"
+    meaning = "A frontier can only be moved while no process of its group runs."
+    default_remedy = "Stop the group's processes (and wait for the session timeout), then run the same command again."
+
+
+class OffsetOutside(ConfigurationError):
+    """A frontier is to be moved out of the log."""
+
+    code = "RS113"
+    meaning = "The offset lies outside the partition's log."
+    default_remedy = "Give an offset between the named ones."
+
+
+def move_frontier(kafka: KafkaSettings, group: str, topic: str, partition: int, offset: int | None) -> tuple[int, int]:
+    """Set a group's frontier by hand, after records were lost below it; None means the log's start.
+
+    Returns the old frontier (-1 when there was none) and the new one. What lies between them is not processed by this
+    group. Raises ``GroupRunning``, ``OffsetOutside`` or ``KafkaUnreachable``.
+    """
+    admin = AdminClient(kafka.build_client("remitstream-repair"))
+    try:
+        members = admin.describe_consumer_groups([group], request_timeout=10)[group].result().members
+    except KafkaException as error:
+        raise KafkaUnreachable(f"the group cannot be described ({name_error(error)}).", place=group) from None
+    if members:
+        raise GroupRunning(f"{len(members)} members.", place=group)
+    reader = TopicReader(kafka, topic)
+    try:
+        reader.assign({}, [partition])
+        begin, end = reader.start_offsets()[partition], reader.end_offsets()[partition]
+        topic_id = reader.topic_id()
+    finally:
+        reader.close()
+    chosen = begin if offset is None else offset
+    if not begin <= chosen <= end:
+        raise OffsetOutside(f"{chosen}; the log is from {begin} to {end}.", place=f"{topic}[{partition}]")
+    old = read_frontiers(kafka, group).get((topic_id, partition), -1)
+    record = build_frontier(group, topic_id, partition, chosen)
+    errors: list[str] = []
+    producer = Producer(kafka.build_client("remitstream-repair") | PRODUCER)
+    producer.produce(
+        record.topic,
+        record.value,
+        record.key,
+        partition=0,
+        on_delivery=lambda error, _: errors.append(error.name()) if error is not None else None,
+    )
+    if producer.flush(10) or errors:
+        raise KafkaUnreachable(f"not written ({', '.join(errors) or 'no answer'}).", place=catalog.FRONTIERS)
+    return old, chosen
