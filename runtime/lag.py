@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from topics import catalog
+from topics.cluster import KafkaUnreachable
 from topics.reading import TopicReader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from topics.cluster import KafkaSettings
+
+_FRONTIER_PATIENCE = 10.0
+"""Seconds after which reading the frontiers is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +67,15 @@ class LagMeter:
             reader.close()
 
     def _read_frontiers(self) -> None:
-        while True:
-            records = self._frontiers.poll(5000, 0.05)
-            for record in records:
+        """Read on to where the topic ends now; an empty poll alone says nothing on a busy machine."""
+        ends = self._frontiers.end_offsets("read_committed")
+        until = time.monotonic() + _FRONTIER_PATIENCE
+        while any(self._frontiers.positions()[partition] < end for partition, end in ends.items()):
+            if time.monotonic() > until:
+                raise KafkaUnreachable("the frontiers cannot be read to their end.", place=catalog.FRONTIERS)
+            for record in self._frontiers.poll(5000, 0.05):
                 group, topic_id, partition = (record.key or b"").decode().rsplit("|", 2)
                 self._known[group, topic_id, int(partition)] = int(record.value or b"0")
-            if not records:
-                return
 
     def _find_reader(self, topic: str) -> tuple[TopicReader, str]:
         if topic not in self._readers:
@@ -90,6 +96,7 @@ class LagMeter:
                 break
             for record in reader.poll(100, 0.1):
                 first.setdefault(record.partition, (record.offset, record.timestamp))
+        reader.assign({}, [])  # else it would go on fetching in the background
         now_ms = time.time() * 1000
         records = sum(ends[partition] - offset for partition, (offset, _) in first.items())
         oldest = max((now_ms - timestamp for _, timestamp in first.values()), default=0.0)

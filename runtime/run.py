@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import urllib.request
 from dataclasses import asdict, dataclass, field
@@ -88,6 +89,8 @@ class _Run:
         self._start = _Start()
         self._stack: EmbeddedStack | None = None
         self._manager: ProcessManager | None = None
+        self._meter: LagMeter | None = None
+        self._measuring = threading.Lock()
         self._rows: dict[str, StageRow] = {}
         self._fates: dict[str, int] = {}
         self._headline = "starting"
@@ -180,6 +183,7 @@ class _Run:
         ]
 
     async def _shut(self) -> None:
+        await asyncio.to_thread(self._close_meter)
         if self._manager is not None:
             await self._manager.stop()
         if self._stack is not None:
@@ -279,16 +283,22 @@ class _Run:
             return False
 
     def _measure_lags(self) -> dict[str, int]:
-        meter = LagMeter(self._settings.kafka)
-        try:
+        # The view and the settling ask from different threads; one meter at a time, kept because it remembers.
+        with self._measuring:
+            if self._meter is None:
+                self._meter = LagMeter(self._settings.kafka)
             found = {}
             for stage in list_stages(self._settings):
-                lag = meter.measure(stage.group, stage.topics)
+                lag = self._meter.measure(stage.group, stage.topics)
                 found[stage.name] = lag.records
                 self._rows.setdefault(stage.name, StageRow(stage.name)).lag = lag
             return found
-        finally:
-            meter.close()
+
+    def _close_meter(self) -> None:
+        with self._measuring:
+            if self._meter is not None:
+                self._meter.close()
+                self._meter = None
 
     async def _is_projected(self) -> bool:
         def read_ends() -> tuple[dict[int, int], str]:
