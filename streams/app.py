@@ -54,10 +54,11 @@ class Worker:
         async def normalise(batches: AsyncIterable[Batch]) -> None:
             async for batch in batches:
                 try:
-                    decision = await decider.decide(batch.rooms, batch.records, batch.refused)
-                    await batch.commit(decision)
-                except TemporaryError as error:
-                    await batch.hold(error)
+                    try:
+                        decision = await decider.decide(batch.rooms, batch.records, batch.refused)
+                        await batch.commit(decision)
+                    except TemporaryError as error:
+                        await batch.hold(error)
                 except Exception as error:  # noqa: BLE001 - Faust would acknowledge the batch and go on
                     await self._crash(error)
 

@@ -50,32 +50,29 @@ class Batch:
         worker or another. Raises ``FatalError`` when this process must not go on.
         """
         outputs = decision.list_outputs()
+        done = False
         try:
             if outputs or self.records:
                 await self.feeder.group.commit(self.number, outputs, self._list_positions(), committed=decision.apply)
         except StaleAssignment:
             self.feeder.roll_back("rebalance")
-            return False
         except TransactionAborted:
             self.feeder.roll_back("aborted")
             await self.feeder.back_off()
-            return False
         except RecordRefused as refusal:
             self.feeder.roll_back("record_refused")
             self.feeder.refuse(self, outputs[refusal.index].cause if refusal.index is not None else None)
-            return False
         else:
             self.feeder.succeed(self, decision)
-            return True
-        finally:
-            self.ended.set()
+            done = True
+        # Not after any other error: the worker ends, and no later batch may be handed out.
+        self.ended.set()
+        return done
 
     async def hold(self, error: TemporaryError) -> None:
         """Give the batch back because something it needs is down; the worker pauses, keeps polling, and tries again."""
-        try:
-            await self.feeder.hold(error)
-        finally:
-            self.ended.set()
+        await self.feeder.hold(error)
+        self.ended.set()
 
     def _list_positions(self) -> Mapping[tuple[str, int], int]:
         return {(self.topic, partition): offset for partition, offset in self.positions.items()}

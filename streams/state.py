@@ -39,7 +39,7 @@ MAP_BYTES = 64 * 1024**3
 """Address space of a store; the file only grows with its data."""
 
 STALE_SECONDS = 3 * 86_400
-"""A store not touched this long is rebuilt: it must stay well below the changelogs' delete.retention (7 days)."""
+"""A store not current for this long is rebuilt: it must stay well below the changelogs' delete.retention (7 days)."""
 
 
 class StateUnusable(FatalError):
@@ -158,8 +158,13 @@ class PartitionState:
         ids = describe_topic_ids(kafka, topics.values())
         self._topic_ids = {store: ids.get(topic, "") for store, topic in topics.items()}
         self._open()
-        for store, topic in topics.items():
-            self._catch_up(kafka, store, topic)
+        try:
+            for store, topic in topics.items():
+                self._catch_up(kafka, store, topic)
+            self._put([], self._applied, current=True)
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, store: str, key: bytes) -> bytes | None:
         """Value of a key."""
@@ -179,7 +184,7 @@ class PartitionState:
         applied = dict(self._applied)
         for change in changes:
             applied[change.store] = max(applied[change.store], change.output.offset + 1)
-        self._put(entries, applied)
+        self._put(entries, applied, current=True)
 
     def close(self) -> None:
         """Give up the store; its files stay."""
@@ -198,6 +203,7 @@ class PartitionState:
                     str(self.path), map_size=MAP_BYTES, max_dbs=8, sync=False, metasync=False, readahead=False
                 )
                 self._environment = environment
+                self._check_length(environment)
                 self._databases = {store: environment.open_db(store.encode()) for store in (*self._stores, _META)}
                 meta = self._read_meta()
             except (lmdb.Error, OSError) as error:
@@ -217,6 +223,12 @@ class PartitionState:
             return
         raise StateUnusable("the store cannot be made anew.", place=str(self.path))
 
+    def _check_length(self, environment: lmdb.Environment) -> None:
+        # Reading a page that a cut file no longer has would end the process (SIGBUS), again at every restart.
+        pages = environment.info()["last_pgno"] + 1
+        if (self.path / "data.mdb").stat().st_size < pages * environment.stat()["psize"]:
+            raise lmdb.CorruptedError("the file was cut")
+
     def _catch_up(self, kafka: KafkaSettings, store: str, topic: str) -> None:
         start = {self.partition: self._applied[store]} if self._applied[store] else {}
         chunk: list[tuple[str, bytes, bytes | None]] = []
@@ -233,7 +245,9 @@ class PartitionState:
                 applied[store] = item[self.partition]
         self._put(chunk, applied)
 
-    def _put(self, entries: Iterable[tuple[str, bytes, bytes | None]], applied: dict[str, int]) -> None:
+    def _put(
+        self, entries: Iterable[tuple[str, bytes, bytes | None]], applied: dict[str, int], *, current: bool = False
+    ) -> None:
         if self._environment is None:
             raise StateUnusable("the store is closed.", place=str(self.path))
         try:
@@ -246,7 +260,8 @@ class PartitionState:
                 meta = self._databases[_META]
                 for store, offset in applied.items():
                     transaction.put(b"next:" + store.encode(), str(offset).encode(), db=meta)
-                transaction.put(b"touched", str(time.time()).encode(), db=meta)
+                if current:
+                    transaction.put(b"touched", str(time.time()).encode(), db=meta)
         except (lmdb.Error, OSError) as error:
             raise StateUnusable(f"{type(error).__name__}.", place=str(self.path)) from None
         self._applied = applied

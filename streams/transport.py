@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 IDLE_SECONDS = 0.1
 """An empty batch is handed out this often while nothing arrives, so that the waiting room is looked at."""
 
+SETTLE_SECONDS = 1.0
+"""After a pause, nothing having arrived for this long means that the held records are another worker's now."""
+
 
 class Feeder:
     """Feeds batches of one worker: consumes its raw topics, keeps their local state, pauses while something is down."""
@@ -70,6 +73,7 @@ class Feeder:
         self._failures = 0
         self._pending: list[Batch] = []
         self._last_idle = 0.0
+        self._resumed_at = 0.0
         self.group = GroupConsumer(
             kafka,
             group="remitstream.worker",
@@ -96,23 +100,26 @@ class Feeder:
                 self.paused = None
                 return
 
-    async def next_batches(self) -> list[Batch]:
-        """Batches of the next poll, one per raw topic; empty when there is nothing to do. Polls at most 0.1 s."""
+    async def next_batch(self) -> Batch | None:
+        """The next batch; None when there is nothing to do. Polls at most 0.1 s, once per batch of every raw topic."""
         if not self._pending:
             polled = await self.group.poll(self._limit, IDLE_SECONDS)
-            if self.paused is not None:
-                return []
             if polled.records or time.monotonic() - self._last_idle >= IDLE_SECONDS:
                 self._last_idle = time.monotonic()
                 self._pending = self._split(polled.number, polled.records)
-        batches, self._pending = self._pending, []
-        return batches
+            if not self._pending:
+                if time.monotonic() - self._resumed_at > SETTLE_SECONDS:
+                    self._unpause()
+                return None
+        return self._pending.pop(0)
 
     def succeed(self, batch: Batch, decision: Decision) -> None:
         """A batch is committed."""
         self._failures = 0
+        self._unpause()
+        released = {held.hop for room in decision.rooms for held in room.released}
+        self._refused -= released.union(record.hop for record in batch.records)
         if batch.records:
-            self._refused = frozenset()
             self._limit = min(self._batch_size, self._limit * 2)
         source = self.deciders[batch.topic].source
         self._metrics.set(Metric.BATCH_RECORDS, len(batch.records), source=source)
@@ -126,18 +133,24 @@ class Feeder:
             self._metrics.set(Metric.WAITING, held, source=waiting_source)
 
     def roll_back(self, reason: str) -> None:
-        """A transaction was rolled back; say so."""
+        """A transaction was rolled back; say so. The partitions were sought: what was polled with it comes again."""
+        self._pending.clear()
         self._metrics.add(Metric.ABORTS, 1, role="worker", reason=reason)
         self._log.warning("transaction_rolled_back", reason=reason)
 
     def refuse(self, batch: Batch, hop: str | None) -> None:
-        """The broker refused a record of the batch. When it is not known which, records go one by one until it is."""
+        """The broker refused a record of the batch.
+
+        When it is not known which, the next transaction sends one by one and finds it. Raises ``DeadLetterRefused``.
+        """
         if hop is None and len(batch.records) == 1:
             hop = batch.records[0].hop
-        if hop:
-            self._refused |= {hop}
-        else:
+        if hop is None:
             self._limit = 1
+        elif hop in batch.refused:
+            raise DeadLetterRefused("it was refused by the broker, too.", place=hop)
+        else:
+            self._refused |= {hop}
 
     async def back_off(self) -> None:
         """Wait after an aborted transaction: longer each time, with jitter, so that workers do not march in step."""
@@ -145,8 +158,13 @@ class Feeder:
         await asyncio.sleep(random.uniform(0, min(5.0, 0.1 * 2 ** min(self._failures, 6))))  # noqa: S311 - jitter
 
     async def hold(self, error: TemporaryError) -> None:
-        """Pause all partitions until what is down answers again; polling goes on, or the group would evict us."""
+        """Pause all partitions for a while; polling goes on, or the group would evict us.
+
+        The worker counts as paused until a batch succeeds or none is left.
+        """
+        self._unpause()
         self.paused = error
+        self._pending.clear()
         self._failures += 1
         self._metrics.set(Metric.PAUSED, 1, role="worker", reason=error.code)
         self._report("paused", error)
@@ -154,10 +172,15 @@ class Feeder:
         await self.group.pause()
         until = time.monotonic() + min(5.0, 0.2 * 2 ** min(self._failures, 5))
         while time.monotonic() < until:
-            await self.group.poll(1, 0.1)
+            if (await self.group.poll(1, 0.1)).records:
+                await self.group.rewind()
         await self.group.resume()
-        self._metrics.set(Metric.PAUSED, 0, role="worker", reason=error.code)
-        self.paused = None
+        self._resumed_at = time.monotonic()
+
+    def _unpause(self) -> None:
+        if self.paused is not None:
+            self._metrics.set(Metric.PAUSED, 0, role="worker", reason=self.paused.code)
+            self.paused = None
 
     def is_ready(self) -> tuple[bool, dict[str, str]]:
         """Whether records are being processed, and if not, why."""
@@ -240,7 +263,7 @@ class BatchConsumer(Consumer):
         self.feeder = self.transport.feeder
         self._virtual: set[TP] = set()
         self._sequence = 0
-        self._under_way: list[Batch] = []
+        self._under_way: Batch | None = None
 
     async def subscribe(self, topics: Any) -> None:
         """Join the group; Faust may fetch at once, the feeder gives nothing before partitions are loaded."""
@@ -253,10 +276,10 @@ class BatchConsumer(Consumer):
         await self.on_partitions_assigned(self._virtual, self.app.consumer_generation_id)
 
     async def _getmany(self, active_partitions: Any, timeout: float) -> dict[TP, list[Batch]]:  # noqa: ASYNC109, ARG002
-        for batch in self._under_way:
-            await batch.ended.wait()
-        self._under_way = await self.feeder.next_batches()
-        return {TP(batch.topic, 0): [batch] for batch in self._under_way}
+        if self._under_way is not None:
+            await self._under_way.ended.wait()
+        self._under_way = await self.feeder.next_batch()
+        return {} if self._under_way is None else {TP(self._under_way.topic, 0): [self._under_way]}
 
     def _to_message(self, tp: TP, batch: Batch) -> ConsumerMessage:
         self._sequence += 1
@@ -385,6 +408,17 @@ class Unchanged(faust.Codec):
     def dumps(self, value: Any) -> Any:
         """The batch itself."""
         return value
+
+
+class DeadLetterRefused(FatalError):
+    """Not even the dead letter of a record can be written."""
+
+    code = "RS306"
+    meaning = "The broker refused a record's outputs, and then its dead letter or its waiting entry."
+    default_remedy = (
+        "Run `remitstream topics check`: `dlq` and `waiting.*` must take larger records than `raw.*`; the worker goes "
+        "on with the same record."
+    )
 
 
 class WorkerStuck(FatalError):

@@ -65,13 +65,16 @@ def await_pending_offsets(
     until = time.monotonic() + patience
     while True:
         try:
-            admin.list_consumer_group_offsets([wanted], require_stable=True, request_timeout=5)[group].result()
+            found = admin.list_consumer_group_offsets([wanted], require_stable=True, request_timeout=5)[group].result()
+            # An undecided offset is an error of its partition, not of the answer.
+            undecided = next((item.error.name() for item in found.topic_partitions if item.error is not None), None)
         except KafkaException as error:
-            if time.monotonic() > until:
-                raise KafkaUnreachable(f"offsets stay undecided ({name_error(error)}).", place=topic) from None
-            time.sleep(0.1)
-        else:
+            undecided = name_error(error)
+        if undecided is None:
             return
+        if time.monotonic() > until:
+            raise KafkaUnreachable(f"offsets stay undecided ({undecided}).", place=topic)
+        time.sleep(0.05)
 
 
 class GroupRunning(ConfigurationError):

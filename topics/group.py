@@ -12,9 +12,11 @@ The rules (each answers a way to lose or double a record):
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, TopicPartition
@@ -27,7 +29,7 @@ from topics.reading import Record, TopicReader
 from topics.transaction import Output, ProcessFenced, RecordRefused, TransactionAborted, Transactor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from topics.cluster import KafkaSettings
 
@@ -103,6 +105,7 @@ class GroupConsumer:
         self._transactor = Transactor(kafka, transactional_id)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kafka-{group}")
         self._loaders = ThreadPoolExecutor(4, thread_name_prefix=f"load-{group}")
+        self._load_locks: dict[Partition, Lock] = {}
         self._all_paused = False
         self._closed = False
 
@@ -209,8 +212,26 @@ class GroupConsumer:
         )
 
     def _poll(self, max_records: int, wait: float) -> Polled:
+        with self._once_failed_for_good():
+            return self._consume(max_records, wait)
+
+    @contextlib.contextmanager
+    def _once_failed_for_good(self) -> Iterator[None]:
+        """After an error positions, frontiers or state may disagree: nothing is polled or committed any more."""
         if self.failure is not None:
             raise self.failure
+        try:
+            yield
+        except OperatorError as error:
+            self.failure = error
+            raise
+        except (StaleAssignment, TransactionAborted, RecordRefused):
+            raise
+        except Exception as error:
+            self.failure = FatalError(f"{type(error).__name__} was raised.", place=self.group)
+            raise
+
+    def _consume(self, max_records: int, wait: float) -> Polled:
         records: list[Record] = []
         first = self._consumer.poll(wait)
         number = self.number
@@ -277,11 +298,16 @@ class GroupConsumer:
         positions: Mapping[Partition, int],
         committed: Callable[[], None],
     ) -> None:
+        if not positions:
+            raise ValueError("a transaction without offsets fences nothing")
+        with self._once_failed_for_good():
+            self._transact(number, outputs, positions)
+            committed()
+
+    def _transact(self, number: int, outputs: Sequence[Output], positions: Mapping[Partition, int]) -> None:
         if number != self.number:
             self._rewind()
             raise StaleAssignment
-        if not positions:
-            raise ValueError("a transaction without offsets fences nothing")
         offsets = [TopicPartition(topic, partition, offset) for (topic, partition), offset in positions.items()]
         frontiers = [
             frontier.build_frontier(self.group, self.topic_ids[topic], partition, offset)
@@ -295,7 +321,6 @@ class GroupConsumer:
             raise
         for key, offset in positions.items():
             self._owned[key].frontier = offset
-        committed()
 
     def _rewind(self) -> None:
         for (topic, partition), owned in self._owned.items():
@@ -351,7 +376,17 @@ class GroupConsumer:
             if owned.active:
                 chosen[self._all_paused or owned.paused].append(TopicPartition(*key))
         self._consumer.pause(chosen[True])
-        self._consumer.resume(chosen[False])
+        self._resume(chosen[False])
+
+    def _resume(self, partitions: list[TopicPartition]) -> None:
+        self._consumer.resume(partitions)
+        for partition in partitions:
+            # librdkafka notices a resumed partition when its broker thread wakes, up to a second later; any request
+            # to that broker wakes it.
+            try:
+                self._consumer.get_watermark_offsets(partition, timeout=0.5)
+            except KafkaException:
+                return
 
     def _shut(self) -> None:
         if self._consumer is not None:
@@ -388,6 +423,11 @@ class GroupConsumer:
     # This runs on a loader thread, then hands over to the consumer's thread.
 
     def _prepare(self, key: Partition, owned: _Owned) -> None:
+        # A partition that was taken away and came back while it was being loaded: one store, one loader at a time.
+        with self._load_locks.setdefault(key, Lock()):
+            self._load_until_current(key, owned)
+
+    def _load_until_current(self, key: Partition, owned: _Owned) -> None:
         wait = 0.2
         while self._owned.get(key) is owned and not self._closed:
             try:
@@ -404,7 +444,7 @@ class GroupConsumer:
                 return
             else:
                 if not self._closed:
-                    self._thread.submit(self._activate, key, owned)
+                    self._thread.submit(self._activate, key, owned).result()
                 return
 
     def _activate(self, key: Partition, owned: _Owned) -> None:
@@ -413,4 +453,4 @@ class GroupConsumer:
             return
         owned.active = True
         if not owned.paused and not self._all_paused:
-            self._consumer.resume([TopicPartition(*key)])
+            self._resume([TopicPartition(*key)])

@@ -5,6 +5,7 @@ Blocking; called on the thread that owns the group's consumer (``topics.group``)
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ class TransactionAborted(Exception):
 class RecordRefused(Exception):
     """The broker (or client) refuses one record for what it is (too large, invalid); the transaction was rolled back.
 
-    ``index`` is its place in the outputs, or None when only the whole attempt is known to hold it.
+    ``index`` is its place in the outputs, or None when only the whole attempt is known to hold it; the next attempt
+    then sends the records one by one to find it.
     """
 
     def __init__(self, index: int | None, code: str) -> None:
@@ -90,6 +92,7 @@ class Transactor:
         )
         self._delivered: list[tuple[Output, int]] = []
         self._errors: list[tuple[Output | None, Any]] = []
+        self._one_by_one = False
 
     def open(self, timeout: float = 30.0) -> None:
         """Fence every earlier process of this id. Raises ``KafkaUnreachable``."""
@@ -112,6 +115,8 @@ class Transactor:
             self._producer.begin_transaction()
             for index, output in enumerate(outputs):
                 self._produce(index, output)
+                if self._one_by_one and (self._producer.flush(8.0) or self._errors):
+                    break
             if self._producer.flush(8.0):
                 self._errors.append((None, None))
             if self._errors:
@@ -120,12 +125,14 @@ class Transactor:
             self._commit()
         except KafkaException as error:
             self._fail(error)
+        self._one_by_one = False
         for output, offset in self._delivered:
             output.offset = offset
 
     def close(self) -> None:
-        """Abort what is open."""
-        self._abort()
+        """Abort what is open. Fenced or unanswered, the coordinator does it by itself."""
+        with contextlib.suppress(FatalError):
+            self._abort()
 
     def _produce(self, index: int, output: Output) -> None:
         arguments: dict[str, Any] = {"headers": output.headers, "on_delivery": self._reporter(output)}
@@ -160,8 +167,9 @@ class Transactor:
         if refused:
             output, error = refused[0]
             # The broker refuses a whole produce request: only a lone record is known to be the culprit.
+            self._one_by_one = len(refused) > 1
             index = next((i for i, known in enumerate(outputs) if known is output), None)
-            raise RecordRefused(index if len(refused) == 1 else None, error.name())
+            raise RecordRefused(None if self._one_by_one else index, error.name())
         raise TransactionAborted("a record was not acknowledged")
 
     def _commit(self) -> None:
