@@ -1,4 +1,4 @@
-"""Bytes of our Avro values: the Confluent wire format (magic byte 0, 4-byte schema id, Avro body), by fastavro.
+"""Bytes of our Avro values: the Confluent wire format (magic byte 0, 4-byte schema id, Avro body).
 
 ``load_schema`` gives a schema's JSON text as committed; ``Encoder`` and ``Decoder`` turn typed events into framed bytes
 and back. Neither does I/O: schema ids and unknown writer schemas come from the registry client in ``topics``.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import fastavro
 import msgspec
 
+from schemas.avro_writer import compile_writer
 from schemas.failure import Failure, FailureKind
 
 if TYPE_CHECKING:
@@ -49,20 +50,13 @@ def load_history(name: str) -> list[str]:
 
 
 class Encoder:
-    """Encodes structs with one schema under one registry id."""
+    """Encodes structs with one schema under one registry id, by a writer compiled from the schema."""
 
-    __slots__ = ("_frame", "_schema")
+    __slots__ = ("encode",)
 
     def __init__(self, name: str, schema_id: int) -> None:
-        self._schema: Any = fastavro.parse_schema(json.loads(load_schema(name)))
-        self._frame = _FRAME.pack(0, schema_id)
-
-    def encode(self, event: msgspec.Struct) -> bytes:
+        self.encode = compile_writer(json.loads(load_schema(name)), _FRAME.pack(0, schema_id))
         """Framed bytes of an event."""
-        buffer = io.BytesIO()
-        buffer.write(self._frame)
-        fastavro.schemaless_writer(buffer, self._schema, _to_record(event))
-        return buffer.getvalue()
 
 
 class Decoder:
@@ -91,14 +85,6 @@ class Decoder:
             return msgspec.convert(_from_record(record), self._type)
         except (EOFError, ValueError, TypeError, IndexError, msgspec.ValidationError) as error:
             raise Failure(FailureKind.INVALID, "NOT_AVRO", type(error).__name__) from None
-
-
-def _to_record(event: msgspec.Struct) -> dict[str, Any]:
-    record: dict[str, Any] = msgspec.to_builtins(event, builtin_types=(bytes,))
-    headers = record.get("raw_headers")
-    if headers is not None:
-        record["raw_headers"] = [{"name": name, "value": value} for name, value in headers]
-    return record
 
 
 def _from_record(record: Any) -> Any:
