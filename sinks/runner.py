@@ -232,6 +232,8 @@ class Runner:
             reasons["group"] = "joining, or loading the ledger"
         if self._held is not None:
             reasons["paused"] = f"{self._held.code} at {self._held.place}"
+        if not self._is_lease_fresh():
+            reasons["lease"] = "the group's coordinator has not answered lately"
         if not self._availability.is_open:
             reasons["target"] = self._availability.reason
         return not reasons, reasons
@@ -423,6 +425,8 @@ class Runner:
 
     async def _begin(self, moment: Moment) -> list[_Call]:
         """Take what may begin, freeze what is not yet frozen; the calls to start after the commit."""
+        if not self._is_lease_fresh():
+            return []
         under_way = len(self._running) + len(self._backlog) + len(self._committed_calls)
         room = self._availability.limit_calls(moment.steady, self._call_limit) - under_way
         calls: list[_Call] = []
@@ -651,10 +655,14 @@ class Runner:
             raise Withdrawn("REVOKED")
         if self._draining:
             raise Withdrawn("STOPPING")
-        if time.monotonic() - self._consumer.last_heartbeat >= self._kafka.session_timeout_seconds / 2:
+        if not self._is_lease_fresh():
             raise Withdrawn("LEASE_OLD")
         if not call.shard.ledger.may_write(call.attempt, moment):
             raise Withdrawn("WINDOW")
+
+    def _is_lease_fresh(self) -> bool:
+        """Whether the group's coordinator heard from us within half the session timeout."""
+        return time.monotonic() - self._consumer.last_heartbeat < self._kafka.session_timeout_seconds / 2
 
     # Ending.
 

@@ -342,6 +342,7 @@ class GroupConsumer:
 
     def _on_assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
         self.number += 1
+        self._lease.begin()
         keys = [(partition.topic, partition.partition) for partition in partitions]
         try:
             starts = self._find_starts(keys)
