@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
+import http.client
 import json
 import os
 import shutil
@@ -20,7 +22,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Consumer, KafkaError, TopicPartition
 from confluent_kafka.admin import AdminClient
+from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.account import balance_books
 from runtime.settings import ensure_secrets, read_settings
@@ -194,22 +198,161 @@ class Deployment:
         self.processes.clear()
 
 
-@pytest.fixture
-def deploy(stack, tmp_path):
-    """Make a deployment with fresh topics; keyword arguments are dotted settings (``.`` written as ``__``)."""
+class Outside:
+    """The world around a deployment: a gateway that signs, an HL7 sender, somebody who reads topics and metrics.
+
+    Everything here is written from the vendors' rules and shares no code with the project.
+    """
+
+    def __init__(self, deployment: Deployment):
+        self.deployment = deployment
+
+    def find_secret(self, account: str = "north-card") -> bytes:
+        """The first signing secret of an account."""
+        for known in self.deployment.settings.accounts:
+            if known.name == account:
+                return known.secrets[0].get_secret_value().encode()
+        raise KeyError(account)
+
+    def sign(self, body: bytes, *, account: str = "north-card", age: int = 0, secret: bytes | None = None) -> str:
+        """Stripe's signature header of a body, signed ``age`` seconds ago."""
+        signed_at = int(time.time()) - age
+        key = self.find_secret(account) if secret is None else secret
+        digest = hmac.new(key, str(signed_at).encode() + b"." + body, "sha256").hexdigest()
+        return f"t={signed_at},v1={digest}"
+
+    def post(self, body, *, path="/webhooks/stripe/north-card", signature=None, tls=None, timeout=30):
+        """Status, headers and body of the answer. A body that is an iterator is sent in chunks without a length."""
+        if tls is None:
+            connection = http.client.HTTPConnection("127.0.0.1", self.deployment.receiver_port, timeout=timeout)
+        else:
+            connection = http.client.HTTPSConnection(
+                "127.0.0.1", self.deployment.receiver_port, timeout=timeout, context=tls
+            )
+        headers = {"Content-Type": "application/json"} | ({"Stripe-Signature": signature} if signature else {})
+        with contextlib.closing(connection):
+            connection.request("POST", path, body, headers, encode_chunked=not isinstance(body, bytes))
+            answer = connection.getresponse()
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+
+    def deliver(self, body: bytes, *, account: str = "north-card") -> int:
+        """Deliver an event rightly signed; return the status."""
+        signature = self.sign(body, account=account)
+        return self.post(body, path=f"/webhooks/stripe/{account}", signature=signature)[0]
+
+    def send_hl7(self, *messages: bytes, framed: bool = True, tls=None, timeout: float = 30) -> bytes:
+        """Send messages over one MLLP connection; return all answers, or what came until the listener closed."""
+        answers = b""
+        with socket.create_connection(("127.0.0.1", self.deployment.listener_port), timeout=timeout) as plain:
+            line = plain if tls is None else tls.wrap_socket(plain, server_hostname="127.0.0.1")
+            with line:
+                for message in messages:
+                    line.sendall(b"\x0b" + message + b"\x1c\r" if framed else message)
+                if not framed:
+                    line.shutdown(socket.SHUT_WR)
+                while answers.count(b"\x1c\r") < len(messages):
+                    got = line.recv(65536)
+                    if not got:
+                        break
+                    answers += got
+        return answers
+
+    def read_metric(self, role: str, name: str, **labels: str) -> float:
+        """Value of a metric at a role's endpoint; 0 when it is not there."""
+        return self.list_metrics(role, name).get(frozenset(labels.items()), 0.0)
+
+    def list_metrics(self, role: str, name: str) -> dict[frozenset[tuple[str, str]], float]:
+        """Every value of a metric at a role's endpoint, by its labels."""
+        with DIRECT.open(f"http://127.0.0.1:{self.deployment.ports[role]}/metrics", timeout=10) as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+        return {
+            frozenset(sample.labels.items()): sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == f"remitstream_{name}"
+        }
+
+    def read_ends(self, topic: str) -> dict[int, int]:
+        """End of every partition: also what is not committed counts."""
+        reader = self._open_reader()
+        with contextlib.closing(reader):
+            partitions = reader.list_topics(topic, timeout=20).topics[topic].partitions
+            return {n: reader.get_watermark_offsets(TopicPartition(topic, n), timeout=20)[1] for n in partitions}
+
+    def read_topic(self, topic: str, starts: dict[int, int] | None = None):
+        """Every committed record of a topic, from its begin or from these offsets, as the client's messages."""
+        starts = starts or {}
+        ends = {n: end for n, end in self.read_ends(topic).items() if end > starts.get(n, 0)}
+        reader = self._open_reader()
+        messages = []
+        with contextlib.closing(reader):
+            reader.assign([TopicPartition(topic, n, starts.get(n, 0)) for n in ends])
+            while ends:
+                message = reader.poll(20)
+                assert message is not None, f"{topic} ends before {ends}"
+                if message.error() is None:
+                    messages.append(message)
+                    reached = message.offset() + 1
+                else:
+                    assert message.error().code() == KafkaError._PARTITION_EOF, message.error().name()
+                    reached = message.offset()
+                if reached >= ends.get(message.partition(), reached + 1):
+                    del ends[message.partition()]
+        return messages
+
+    def list_topics(self) -> list[str]:
+        """Every topic of the deployment."""
+        return [topic.name for topic in self.deployment.settings.topics]
+
+    def _open_reader(self):
+        return Consumer(
+            {
+                "bootstrap.servers": self.deployment.settings.kafka.bootstrap,
+                "group.id": "outside",
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+                "isolation.level": "read_committed",
+            }
+        )
+
+
+@pytest.fixture(scope="session")
+def outside():
+    """Make the world around a deployment."""
+    return Outside
+
+
+@contextlib.contextmanager
+def _open_deployments(find_stack, folder):
     opened: list[Deployment] = []
 
     def make(**overrides: str) -> Deployment:
-        folder = tmp_path / f"d{len(opened)}"
-        folder.mkdir()
-        deployment = Deployment(folder, stack, {key.replace("__", "."): value for key, value in overrides.items()})
+        own = folder / f"d{len(opened)}"
+        own.mkdir()
+        deployment = Deployment(own, find_stack(), {key.replace("__", "."): value for key, value in overrides.items()})
         opened.append(deployment)
         deployment.provision()
         return deployment
 
-    yield make
-    for deployment in opened:
-        deployment.close()
+    try:
+        yield make
+    finally:
+        for deployment in opened:
+            deployment.close()
+
+
+@pytest.fixture
+def deploy(stack, tmp_path):
+    """Make a deployment with fresh topics; keyword arguments are dotted settings (``.`` written as ``__``)."""
+    with _open_deployments(lambda: stack, tmp_path) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def deploy_for_module(embedded_stack, tmp_path_factory):
+    """As ``deploy``, for deployments that the tests of one file share. A later one takes the topics of an earlier."""
+    with _open_deployments(embedded_stack.up, tmp_path_factory.mktemp("deployments")) as make:
+        yield make
 
 
 @pytest.fixture
