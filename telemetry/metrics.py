@@ -75,7 +75,7 @@ class Metric(Enum):
     RECORDS = _counter("records_total", "Raw records decided, by fate.", "source", "fate", "reason")
     BATCH_SECONDS = _seconds("batch_seconds", "Time of one batch from read to commit.", "source", buckets=_BATCH)
     BATCH_RECORDS = _gauge("batch_records", "Records of the last batch.", "source")
-    ABORTS = _counter("transactions_rolled_back_total", "Transactions aborted and read again.", "reason")
+    ABORTS = _counter("transactions_rolled_back_total", "Transactions aborted and read again.", "role", "reason")
     PAUSES = _counter("pauses_total", "Pauses begun because a dependency is away, by error code.", "reason")
     WAITING = _gauge("waiting_entries", "Records on hold for a patient or a parent.", "source")
     WAITING_AGE = _gauge("waiting_oldest_seconds", "Age of the oldest record on hold.", "source")
