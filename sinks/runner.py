@@ -44,7 +44,7 @@ from topics.registry import SchemaMissing
 from topics.transaction import Output, RecordRefused, TransactionAborted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from identity.resolution import Resolution
     from schemas.events import MoneyEvent, Reference
@@ -189,6 +189,7 @@ class Runner:
             load=self._load,
             release=self._release,
             report=self._report_load,
+            keeps_records=True,
         )
         self._codecs: Codecs | None = None
         self._lock = threading.Lock()
@@ -214,10 +215,12 @@ class Runner:
     async def run(self) -> None:
         """Deliver until ``stop``. Raises ``OperatorError``; what was under way is settled after the restart."""
         try:
-            await self._prepare()
+            await self._persist(self._prepare)
+            await self._persist(self._consumer.start)
             while not self._stopping.is_set():
                 await self._cycle()
-            await self._drain()
+            if self._consumer.number:
+                await self._drain()
         finally:
             await self._close()
 
@@ -271,7 +274,22 @@ class Runner:
         if schema_id is None:
             raise SchemaMissing("the schema of outcomes is not registered.", place=SUBJECT)
         self._codecs = Codecs(self._registry, schema_id)
-        await self._consumer.start()
+
+    async def _persist(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Take a step of the start, waiting out whatever is temporary."""
+        pause = 0.5
+        while not self._stopping.is_set():
+            try:
+                await step()
+            except TemporaryError as error:
+                self._held = error
+                self._log.warning("waiting", code=error.code, place=error.place)
+            else:
+                self._held = None
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause)
+            pause = min(pause * 2, 10.0)
 
     async def _cycle(self) -> bool:
         """Whether everything decided so far is committed."""

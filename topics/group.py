@@ -74,7 +74,8 @@ class GroupConsumer:
 
     ``load`` is called in a worker thread for each newly assigned partition, before its first record, and returns when
     the partition's local state is current (it may raise ``TemporaryError`` to be called again). ``release`` is called
-    on the consumer's thread when a partition is taken away.
+    on the consumer's thread when a partition is taken away. ``keeps_records`` says that the caller keeps records above
+    the frontier over a rewind and finishes them meanwhile: then those that come again below it are dropped.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class GroupConsumer:
         load: Callable[[str, int], None] = lambda _topic, _partition: None,
         release: Callable[[str, int], None] = lambda _topic, _partition: None,
         report: Callable[[str, OperatorError], None] = lambda _event, _error: None,
+        keeps_records: bool = False,
     ) -> None:
         self.group = group
         self.topics = list(topics)
@@ -99,6 +101,7 @@ class GroupConsumer:
         self._load = load
         self._release = release
         self._report = report
+        self._keeps_records = keeps_records
         self._owned: dict[Partition, _Owned] = {}
         self.topic_ids: dict[str, str] = {}
         self._consumer: Any = None
@@ -261,6 +264,8 @@ class GroupConsumer:
         if owned is None or not owned.active:
             raise PositionBroken("a record of a partition that is not active.", place=message.topic())
         if message.offset() < owned.frontier:
+            if self._keeps_records:
+                return None  # read again after a rewind, and finished meanwhile
             raise PositionBroken(
                 f"offset {message.offset()} below {owned.frontier}.", place=f"{message.topic()}[{message.partition()}]"
             )
