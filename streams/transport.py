@@ -28,7 +28,7 @@ from streams.state import LINEAGE, SEEN, WAITING, PartitionState
 from telemetry.log import get_log
 from telemetry.metrics import METRICS, Metric, Metrics
 from topics import catalog
-from topics.group import GroupConsumer
+from topics.group import GroupConsumer, PositionBroken
 from topics.headers import RawRecord
 
 if TYPE_CHECKING:
@@ -208,6 +208,10 @@ class Feeder:
 
     def _split(self, number: int, records: list[Record]) -> list[Batch]:
         frontiers = self.group.frontiers()
+        for record in records:
+            if (record.topic, record.partition) not in self.rooms:
+                # Leaving it out would let the next commit jump over it.
+                raise PositionBroken("a record without its state.", place=f"{record.topic}[{record.partition}]")
         batches = []
         for topic in self.deciders:
             rooms = {p: room for (t, p), room in self.rooms.items() if t == topic and (t, p) in frontiers}

@@ -1,0 +1,251 @@
+"""How a batch ends: committed, rolled back, given back, or with the worker."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from schemas.events import Fate
+from schemas.failure import FatalError, TemporaryError
+from streams.decide import Decision, Room
+from streams.transport import DeadLetterRefused, Feeder
+from streams.waiting import Held, WaitingDraft, WaitingRoom
+from telemetry.metrics import Metrics
+from topics.cluster import KafkaSettings
+from topics.group import Polled, StaleAssignment
+from topics.reading import Record
+from topics.transaction import Output, RecordRefused, TransactionAborted
+
+RAW = ("raw.stripe", "raw.hl7")
+
+
+class Group:
+    """A group consumer without a broker: answers are queued, calls are noted."""
+
+    def __init__(self):
+        self.topic_ids = dict.fromkeys(RAW, "T")
+        self.frontier = dict.fromkeys(((topic, 0) for topic in RAW), 0)
+        self.polls, self.answers, self.calls = [], [], []
+
+    def frontiers(self):
+        return dict(self.frontier)
+
+    async def poll(self, limit, _wait):
+        self.calls.append(("poll", limit))
+        await asyncio.sleep(0)
+        return Polled(1, self.polls.pop(0) if self.polls else [])
+
+    async def commit(self, number, outputs, positions, *, committed):
+        self.calls.append(("commit", number, [output.key for output in outputs], dict(positions)))
+        answer = self.answers.pop(0) if self.answers else None
+        if answer is not None:
+            raise answer
+        self.frontier.update(positions)
+        committed()
+
+    def is_ready(self):
+        return True
+
+    def __getattr__(self, name):
+        async def note():
+            self.calls.append((name,))
+
+        return note
+
+
+def record(offset, topic="raw.stripe"):
+    return Record(topic, 0, offset, b"k", b"v", [], 0)
+
+
+@pytest.fixture
+def feeder(tmp_path, monkeypatch):
+    deciders = {name.removeprefix("raw."): SimpleNamespace(source=name.removeprefix("raw.")) for name in RAW}
+    feeder = Feeder(
+        KafkaSettings(),
+        deciders,
+        instance="i",
+        slot=0,
+        state_folder=tmp_path,
+        batch_size=100,
+        metrics=Metrics(),
+    )
+    feeder.group = Group()
+    feeder.rooms = {(topic, 0): Room(None) for topic in RAW}
+    monkeypatch.setattr("streams.transport.random.uniform", lambda *_: 0)
+    return feeder
+
+
+def decide(batch, *, hops=()):
+    decision = Decision()
+    for raw in batch.records:
+        decision.outputs.append(Output("payments", raw.hop.encode(), b"", cause=raw.hop))
+    decision.outputs += [Output("payments", hop.encode(), b"", cause=hop) for hop in hops]
+    return decision
+
+
+async def test_a_commit_moves_all_partitions_and_applies_afterwards(feeder):
+    feeder.group.polls = [[record(4), record(5)]]
+    batch = await feeder.next_batch()
+    assert [raw.hop for raw in batch.records] == ["T:0:4", "T:0:5"]
+    decision, applied = decide(batch), []
+    decision.rooms = [
+        SimpleNamespace(apply=lambda: applied.append(feeder.group.frontier["raw.stripe", 0]), released=[])
+    ]
+    assert await batch.commit(decision) is True
+    assert feeder.group.calls[-1] == ("commit", 1, [b"T:0:4", b"T:0:5"], {("raw.stripe", 0): 6})
+    assert applied == [6]
+    assert batch.ended.is_set()
+
+
+async def test_a_batch_of_nothing_makes_no_transaction(feeder):
+    feeder.rooms["raw.stripe", 0].waiting.hold(Held("T:0:1", "e", "PATIENT_UNKNOWN", "p", 0))
+    batch = await feeder.next_batch()
+    assert batch.records == []
+    assert await batch.commit(Decision()) is True
+    assert [call[0] for call in feeder.group.calls] == ["poll"]
+
+
+async def test_one_batch_is_under_way_at_a_time(feeder):
+    feeder.group.polls = [[record(0), record(0, "raw.hl7"), record(1)]]
+    first, second = await feeder.next_batch(), await feeder.next_batch()
+    assert (first.topic, second.topic) == RAW
+    assert [len(batch.records) for batch in (first, second)] == [2, 1]
+    assert [call[0] for call in feeder.group.calls] == ["poll"]
+
+
+@pytest.mark.parametrize("answer", [StaleAssignment(), TransactionAborted("x"), RecordRefused(0, "x")])
+async def test_what_was_polled_with_a_rolled_back_batch_is_dropped(feeder, answer):
+    feeder.group.polls = [[record(0), record(0, "raw.hl7")]]
+    batch = await feeder.next_batch()
+    feeder.group.answers = [answer]
+    assert await batch.commit(decide(batch)) is False
+    assert batch.ended.is_set()
+    feeder.group.polls = [[record(0), record(0, "raw.hl7")]]
+    again = await feeder.next_batch()
+    assert (again.topic, again.records) == (batch.topic, batch.records), "the consumer was sought back: all comes again"
+    assert [call[0] for call in feeder.group.calls] == ["poll", "commit", "poll"]
+
+
+async def test_after_an_unexpected_error_no_batch_is_handed_out(feeder):
+    feeder.group.polls = [[record(0)]]
+    batch = await feeder.next_batch()
+    feeder.group.answers = [FatalError("undecided.", place="here")]
+    with pytest.raises(FatalError):
+        await batch.commit(decide(batch))
+    assert not batch.ended.is_set()
+
+
+async def test_a_refused_record_stays_marked_until_it_is_decided(feeder):
+    feeder.group.polls = [[record(0), record(1)]]
+    batch = await feeder.next_batch()
+    feeder.group.answers = [RecordRefused(1, "MSG_SIZE_TOO_LARGE")]
+    await batch.commit(decide(batch))
+    # Another topic's batch comes between: the mark must survive it.
+    feeder.group.polls = [[record(0, "raw.hl7")], [record(0), record(1)], [record(2)]]
+    other = await feeder.next_batch()
+    assert await other.commit(decide(other))
+    again = await feeder.next_batch()
+    assert again.refused == {"T:0:1"}
+    assert await again.commit(decide(again))
+    assert (await feeder.next_batch()).refused == set()
+
+
+async def test_a_refused_release_is_marked_by_its_own_hop(feeder):
+    room = feeder.rooms["raw.stripe", 0].waiting
+    waiting = Held("T:0:7", "e", "PATIENT_UNKNOWN", "p", 0)
+    room.hold(waiting)
+    batch = await feeder.next_batch()
+    feeder.group.answers = [RecordRefused(0, "MSG_SIZE_TOO_LARGE")]
+    await batch.commit(decide(batch, hops=["T:0:7"]))
+    feeder.group.polls = [[record(8)]]
+    between = await feeder.next_batch()
+    assert await between.commit(decide(between)), "its release is not due in this one"
+    feeder._last_idle = 0.0
+    again = await feeder.next_batch()
+    assert again.refused == {"T:0:7"}
+    decision = decide(again, hops=["T:0:7"])
+    decision.rooms = [WaitingDraft(room)]
+    decision.rooms[0].release(waiting)
+    assert await again.commit(decision)
+    feeder.group.polls = [[record(9)]]
+    assert (await feeder.next_batch()).refused == set()
+
+
+async def test_an_unknown_culprit_is_searched_and_batches_grow_again(feeder):
+    feeder.group.polls = [[record(0), record(1)], [record(0)], [record(1)]]
+    batch = await feeder.next_batch()
+    feeder.group.answers = [RecordRefused(None, "MSG_SIZE_TOO_LARGE")]
+    await batch.commit(decide(batch))
+    for _ in range(2):
+        batch = await feeder.next_batch()
+        await batch.commit(decide(batch))
+    await feeder.next_batch()
+    assert [call[1] for call in feeder.group.calls if call[0] == "poll"] == [100, 1, 2, 4]
+
+
+async def test_a_refused_dead_letter_stops_the_worker(feeder):
+    for _ in range(2):
+        feeder.group.polls = [[record(0)]]
+        batch = await feeder.next_batch()
+        feeder.group.answers = [RecordRefused(0, "MSG_SIZE_TOO_LARGE")]
+        if "T:0:0" in batch.refused:
+            with pytest.raises(DeadLetterRefused):
+                await batch.commit(decide(batch))
+            break
+        await batch.commit(decide(batch))
+    else:
+        pytest.fail("the record was never marked")
+
+
+async def test_a_batch_given_back_pauses_says_so_and_comes_again(feeder, monkeypatch):
+    steady = [100.0]
+    monkeypatch.setattr("streams.transport.time.monotonic", lambda: steady.append(steady[-1] + 0.05) or steady[-1])
+    feeder.group.polls = [[record(0), record(0, "raw.hl7")]]
+    batch = await feeder.next_batch()
+    assert feeder.is_ready() == (True, {})
+    await batch.hold(TemporaryError("down.", place="redis:6379"))
+    assert batch.ended.is_set()
+    calls = [call[0] for call in feeder.group.calls[1:]]
+    assert calls[:2] == ["rewind", "pause"]
+    assert set(calls[2:-1]) == {"poll"}, "polling goes on, or the group would evict us"
+    assert calls[-1] == "resume"
+    assert feeder.is_ready() == (False, {"paused": "RS200 at redis:6379"}), "not ready until a batch succeeds"
+    feeder.group.polls = [[record(0), record(0, "raw.hl7")]]
+    again = await feeder.next_batch()
+    assert len(again.records) == 1
+    await again.commit(decide(again))
+    assert feeder.is_ready() == (True, {})
+
+
+async def test_a_record_polled_while_paused_is_not_lost(feeder, monkeypatch):
+    steady = [100.0]
+    monkeypatch.setattr("streams.transport.time.monotonic", lambda: steady.append(steady[-1] + 0.05) or steady[-1])
+    feeder.group.polls = [[record(0)], [], [record(1)]]
+    batch = await feeder.next_batch()
+    await batch.hold(TemporaryError("down.", place="here"))
+    assert [call[0] for call in feeder.group.calls].count("rewind") == 2
+
+
+async def test_records_of_a_partition_without_its_state_are_never_dropped_silently(feeder):
+    del feeder.rooms["raw.stripe", 0]
+    feeder.group.polls = [[record(0)]]
+    with pytest.raises(FatalError):
+        await feeder.next_batch()
+
+
+async def test_metrics_count_each_fate(feeder):
+    feeder.group.polls = [[record(0)]]
+    batch = await feeder.next_batch()
+    decision = decide(batch)
+    decision.fates = [(Fate.CANONICAL, "capture"), (Fate.DEAD_LETTERED, "AMOUNT_MISSING"), (Fate.IN_REVIEW, "X")]
+    await batch.commit(decision)
+    text = feeder._metrics.render().decode()
+    assert 'fate="canonical"' in text
+    assert 'code="AMOUNT_MISSING"' in text
+
+
+def test_the_waiting_room_is_measured(feeder):
+    room = WaitingRoom()
+    room.hold(Held("T:0:1", "e", "PATIENT_UNKNOWN", "p", 0))
+    feeder.rooms["raw.stripe", 0].waiting = room
+    assert feeder.measure_waiting() == {"stripe": 1, "hl7": 0}
