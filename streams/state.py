@@ -47,7 +47,7 @@ class StateUnusable(FatalError):
 
     code = "RS320"
     meaning = "The local state store cannot be written (disk full, no rights)."
-    default_remedy = "Free disk space or correct `worker.state_folder`; the store is rebuilt from Kafka."
+    default_remedy = "Free disk space or correct `worker.state`; the store is rebuilt from Kafka."
 
 
 class SeenEntry(msgspec.Struct, frozen=True, array_like=True):
