@@ -55,7 +55,7 @@ run: $(STAMP) ## Start everything and show it live (ONCE=1, REPORT=file, EVENTS=
 	  $(if $(filter-out 0,$(ONCE)),--once) $(if $(REPORT),--report $(REPORT)) $(if $(EVENTS),--events $(EVENTS))
 
 test: $(STAMP) ## Run all tests: unit, conformance, integration on the real stack (ARGS=...)
-	@$(PY) -m pytest $(ARGS)
+	@$(if $(ARGS),,INVARIANTS_FILE=docs/generated/invariants.json) $(PY) -m pytest $(ARGS)
 
 check: $(STAMP) ## Check format, lint, types, import rules and generated documents
 	@.venv/bin/ruff format --check .

@@ -1,0 +1,58 @@
+"""For all tests: hypothesis without deadlines, and the count of tests behind each invariant.
+
+``tests/invariants.toml`` and the marker ``invariant`` say which tests show which invariant. A run of everything writes
+the counts to the file named by ``INVARIANTS_FILE`` (``make test`` sets it), and the table of them beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from tests import invariants
+
+# A shared machine stalls; how long one example takes says nothing about us.
+hypothesis.settings.register_profile("remitstream", deadline=None)
+hypothesis.settings.load_profile("remitstream")
+
+TALLY = pytest.StashKey[invariants.Tally]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TALLY] = invariants.Tally()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    known = invariants.read()
+    for item in items:
+        for name in invariants.find(known, item.nodeid):
+            item.add_marker(pytest.mark.invariant(name))
+        marked = {name for marker in item.iter_markers("invariant") for name in marker.args}
+        if not marked <= set(known):
+            raise pytest.UsageError(f"{item.nodeid}: no such invariant: {', '.join(sorted(marked - set(known)))}")
+        # The report of a test carries them to the tally.
+        item.user_properties.extend(("invariant", name) for name in sorted(marked))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    target = os.environ.get("INVARIANTS_FILE")
+    if target and exitstatus in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
+        session.config.stash[TALLY].write(Path(target))
+
+
+class _Watch:
+    def __init__(self, tally: invariants.Tally) -> None:
+        self._tally = tally
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            names = [str(name) for key, name in report.user_properties if key == "invariant"]
+            self._tally.add(report.nodeid.partition("::")[0], names)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.pluginmanager.register(_Watch(session.config.stash[TALLY]))
