@@ -30,7 +30,7 @@ EXPONENTS: Mapping[str, int] = _read_exponents()
 LARGEST_MINOR = 10**15
 """Amounts beyond this many minor units are refused as garbage; no payment is that large in any currency."""
 
-_DECIMAL = re.compile(r"(-?)(\d{1,16})(?:\.(\d{1,6}))?\Z")
+_DECIMAL = re.compile(r"(-?)([0-9]{1,16})(?:\.([0-9]{1,6}))?\Z")
 
 
 class Money(msgspec.Struct, frozen=True, order=False):
@@ -55,7 +55,8 @@ class Money(msgspec.Struct, frozen=True, order=False):
 
 def find_exponent(currency: object) -> tuple[str, int]:
     """Return (upper-case code, exponent), or raise ``Failure`` UNKNOWN_CURRENCY."""
-    code = currency.upper() if isinstance(currency, str) else ""
+    # Only ASCII: other letters may become a code by upper-casing.
+    code = currency.upper() if isinstance(currency, str) and currency.isascii() else ""
     exponent = EXPONENTS.get(code)
     if exponent is None:
         raise Failure(FailureKind.INVALID, "UNKNOWN_CURRENCY", "currency")

@@ -66,7 +66,7 @@ class Decoder:
     """
 
     def __init__(self, name: str, event_type: type[T], find_writer: Callable[[int], str]) -> None:
-        self._reader: Any = fastavro.parse_schema(json.loads(load_schema(name)))
+        self._reader: Any = _parse(load_schema(name))
         self._type = event_type
         self._find_writer = find_writer
         self._writers: dict[int, Any] = {}
@@ -78,21 +78,24 @@ class Decoder:
         schema_id = _FRAME.unpack_from(value)[1]
         writer = self._writers.get(schema_id)
         if writer is None:
-            writer = fastavro.parse_schema(json.loads(self._find_writer(schema_id)))
+            writer = _parse(self._find_writer(schema_id))
             self._writers[schema_id] = writer
         try:
             record = fastavro.schemaless_reader(io.BytesIO(value[_FRAME.size :]), writer, self._reader)
             return msgspec.convert(_from_record(record), self._type)
-        except (EOFError, ValueError, TypeError, IndexError, msgspec.ValidationError) as error:
+        except Exception as error:  # noqa: BLE001 - foreign bytes may make the library raise anything
             raise Failure(FailureKind.INVALID, "NOT_AVRO", type(error).__name__) from None
+
+
+def _parse(schema: str) -> Any:
+    # Without logical types: our events hold milliseconds, and a datetime ends in the year 9999.
+    return fastavro.parse_schema(
+        json.loads(schema, object_hook=lambda member: {k: v for k, v in member.items() if k != "logicalType"})
+    )
 
 
 def _from_record(record: Any) -> Any:
     headers = record.get("raw_headers")
     if headers is not None:
         record["raw_headers"] = [(header["name"], header["value"]) for header in headers]
-    for name, value in record.items():
-        # fastavro gives datetimes for timestamp-millis; our events hold integers.
-        if hasattr(value, "timestamp"):
-            record[name] = round(value.timestamp() * 1000)
     return record

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 REPLICATION = 3
 """Outside the embedded mode; with ``min.insync.replicas`` 2 one broker may be lost without stopping or losing."""
 
+RECORD_BYTES = 8_388_608
+RAW_RECORD_BYTES = 6_291_456
+"""More than the largest body taken in (4 MiB) with its headers; less than what `waiting.*` and `dlq` take."""
+
 
 class PartitionsFrozen(FatalError):
     """The catalog wants another partition count than the topic has."""
@@ -35,7 +39,8 @@ def build_configuration(topic: Topic, *, embedded: bool) -> dict[str, str]:
         if embedded
         else {"min.insync.replicas": "2", "unclean.leader.election.enable": "false"}
     )
-    return topic.configuration | safety | {"max.message.bytes": "8388608"}
+    size = RAW_RECORD_BYTES if topic.name.startswith("raw.") else RECORD_BYTES
+    return topic.configuration | safety | {"max.message.bytes": str(size)}
 
 
 def apply(kafka: KafkaSettings, topics: Sequence[Topic], *, partitions: int, embedded: bool) -> list[str]:
@@ -71,7 +76,10 @@ def apply(kafka: KafkaSettings, topics: Sequence[Topic], *, partitions: int, emb
         ]
         resource = ConfigResource(ResourceType.TOPIC, topic.name, incremental_configs=entries)
         for future in admin.incremental_alter_configs([resource]).values():
-            future.result()
+            try:
+                future.result()
+            except KafkaException as error:
+                raise KafkaUnreachable(f"not configured ({name_error(error)}).", place=topic.name) from None
         changes.append(f"configured {topic.name}: {', '.join(sorted(differing))}")
     return changes
 
