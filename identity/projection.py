@@ -75,7 +75,7 @@ class ProjectionBehind(TemporaryError):
 
     code = "RS241"
     meaning = "The patient projection in Redis is empty, or older than the topic it is made from."
-    default_remedy = "Check that the projector runs (`remitstream projector`); it replays by itself, then work resumes."
+    default_remedy = "Check that the projector runs (`remitstream project`); it replays by itself, then work resumes."
 
 
 class RedisEvicts(ConfigurationError):

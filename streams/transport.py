@@ -189,6 +189,8 @@ class Feeder:
             reasons["paused"] = f"{self.paused.code} at {self.paused.place}"
         if not self.group.is_ready():
             reasons["group"] = "joining, or loading state"
+        elif time.monotonic() - self.group.last_heartbeat > self._kafka.session_timeout_seconds:
+            reasons["group"] = "the group's coordinator has not answered lately"
         return not reasons, reasons
 
     def measure_waiting(self) -> dict[str, int]:

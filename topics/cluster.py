@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from typing import TYPE_CHECKING, Any, Literal
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
@@ -12,6 +13,7 @@ from pydantic import Field, SecretStr, model_validator
 
 from schemas.failure import TemporaryError
 from schemas.tenancy import Strict
+from telemetry.log import get_log
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -64,8 +66,9 @@ class KafkaSettings(Strict):
             "security.protocol": self.security_protocol,
             "socket.keepalive.enable": True,
             "reconnect.backoff.max.ms": 2000,
-            # Log lines of librdkafka go through our logger only where a callback is set; errors come as exceptions.
-            "log_level": 3,
+            # librdkafka would write a line per failed connection, twenty a second and client, past our log.
+            "log_level": 2,
+            "error_cb": _Complaints(client_id),
         }
         optional = {
             "sasl.mechanism": self.sasl_mechanism,
@@ -77,6 +80,29 @@ class KafkaSettings(Strict):
             "ssl.key.password": self.ssl_key_password and self.ssl_key_password.get_secret_value(),
         }
         return config | {name: value for name, value in optional.items() if value is not None}
+
+
+COMPLAINT_SECONDS = 30.0
+"""The same trouble of one client is told this often."""
+
+
+class _Complaints:
+    """Logs what librdkafka reports about its connections; an outage is one line now and then, not a flood.
+
+    Its texts name hosts, ports and TLS or log-in errors, never records.
+    """
+
+    def __init__(self, client_id: str) -> None:
+        self._client_id = client_id
+        self._told: dict[int, float] = {}
+
+    def __call__(self, error: KafkaError) -> None:
+        now = time.monotonic()
+        if now - self._told.get(error.code(), float("-inf")) >= COMPLAINT_SECONDS:
+            self._told[error.code()] = now
+            get_log("kafka").warning(
+                "connection_trouble", client=self._client_id, error=error.name(), detail=error.str()
+            )
 
 
 PRODUCER = {

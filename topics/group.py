@@ -110,6 +110,7 @@ class GroupConsumer:
         self._loaders = ThreadPoolExecutor(4, thread_name_prefix=f"load-{group}")
         self._load_locks: dict[Partition, Lock] = {}
         self._all_paused = False
+        self._is_placing = False
         self._closed = False
 
     async def start(self) -> None:
@@ -146,7 +147,8 @@ class GroupConsumer:
 
     def is_ready(self) -> bool:
         """Subscribed, and every assigned partition is loaded."""
-        return self.failure is None and self.number > 0 and all(owned.active for owned in self._owned.values())
+        placed = self.number > 0 and not self._is_placing
+        return self.failure is None and placed and all(owned.active for owned in self._owned.values())
 
     @property
     def last_heartbeat(self) -> float:
@@ -349,8 +351,9 @@ class GroupConsumer:
         self.number += 1
         self._lease.begin()
         keys = [(partition.topic, partition.partition) for partition in partitions]
+        self._is_placing = True
         try:
-            starts = self._find_starts(keys)
+            starts = self._await_starts(keys)
         except OperatorError as error:
             self.failure = error
             starts = dict.fromkeys(keys, OFFSET_END)
@@ -362,6 +365,7 @@ class GroupConsumer:
             for key in keys:
                 self._owned[key] = owned = _Owned(starts[key])
                 self._loaders.submit(self._prepare, key, owned)
+        self._is_placing = False
 
     def _on_revoke(self, consumer: Any, partitions: list[TopicPartition]) -> None:
         self.number += 1
@@ -398,6 +402,22 @@ class GroupConsumer:
         if self._consumer is not None:
             self._consumer.close()
         self._transactor.close()
+
+    def _await_starts(self, keys: Sequence[Partition]) -> dict[Partition, int]:
+        """Frontiers of just assigned partitions, however long Kafka is away: without them there is nothing to do.
+
+        Not polling meanwhile costs at worst the membership, which comes back with Kafka.
+        """
+        wait = 0.2
+        while True:
+            try:
+                return self._find_starts(keys)
+            except TemporaryError as error:
+                if self._closed:
+                    raise
+                self._report("assignment_waits", error)
+            time.sleep(wait)
+            wait = min(wait * 2, 2.0)
 
     def _find_starts(self, keys: Sequence[Partition]) -> dict[Partition, int]:
         """Frontier of each partition, after every predecessor's transaction on it is decided."""

@@ -20,10 +20,17 @@ def run(settings: Settings, targets: tuple[str, ...]) -> int:
     """Deliver to these instances until told to stop. A fatal error of one ends the process, which is restarted."""
 
     async def main(stop: asyncio.Event) -> None:
+        readiness = process.Readiness()
+        async with process.serve_health(settings, settings.health.deliverer, readiness):
+            await work(stop, readiness)
+
+    async def work(stop: asyncio.Event, readiness: process.Readiness) -> None:
         key = HmacKey(settings.secrets.hmac_key.get_secret_value().encode())
         registry = Registry(settings.registry)
         async with Identities(settings.redis, key) as identities:
-            ends = await process.persist(lambda: asyncio.to_thread(process.read_patients_end, settings), stop)
+            ends = await process.persist(
+                lambda: asyncio.to_thread(process.read_patients_end, settings), stop, readiness
+            )
             if ends is None:
                 return
             identities.require(*ends)
@@ -40,8 +47,8 @@ def run(settings: Settings, targets: tuple[str, ...]) -> int:
                 for target in settings.targets
                 if target.name in targets
             ]
-            async with process.serve_health(settings, settings.health.deliverer, lambda: _ask_all(runners)):
-                await _run_all(runners, stop)
+            readiness.follow(lambda: _ask_all(runners))
+            await _run_all(runners, stop)
 
     return process.run("deliverer", settings, main)
 

@@ -61,13 +61,34 @@ async def serve_health(
         yield server
 
 
-async def persist(work: Callable[[], Awaitable[T]], stop: asyncio.Event) -> T | None:
+class Readiness:
+    """What `/ready` says of a role: what its start waits for, then whatever ``follow`` was given to ask."""
+
+    def __init__(self) -> None:
+        self._reasons = {"start": "starting"}
+        self._ask: Callable[[], tuple[bool, Mapping[str, str]]] | None = None
+
+    def wait_for(self, error: TemporaryError) -> None:
+        """The start is held up by this."""
+        self._reasons = {"start": f"{error.code} at {error.place}"}
+
+    def follow(self, ask: Callable[[], tuple[bool, Mapping[str, str]]]) -> None:
+        """The start is done; from now on this answers."""
+        self._ask = ask
+
+    def __call__(self) -> tuple[bool, Mapping[str, str]]:
+        """Ready or not, and why not."""
+        return (False, self._reasons) if self._ask is None else self._ask()
+
+
+async def persist(work: Callable[[], Awaitable[T]], stop: asyncio.Event, readiness: Readiness) -> T | None:
     """Do something at the start of a role, waiting out whatever is temporary; None when told to stop meanwhile."""
     wait = 0.5
     while not stop.is_set():
         try:
             return await work()
         except TemporaryError as error:
+            readiness.wait_for(error)
             log.get_log("start").warning("waiting", code=error.code, place=error.place, detail=error.detail)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), wait)

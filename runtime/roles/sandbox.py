@@ -8,12 +8,21 @@ from runtime.roles import process
 from runtime.stages import list_billing_targets
 from sandbox.billing import BillingSystem
 from sandbox.transactions import Instance
+from schemas.failure import TemporaryError
 from telemetry.log import get_log
 
 if TYPE_CHECKING:
     import asyncio
 
     from runtime.settings import Settings
+
+
+class SandboxPortTaken(TemporaryError):
+    """A billing system, or their control API, cannot listen."""
+
+    code = "RS270"
+    meaning = "The address of a simulated billing system or of their control API cannot be bound."
+    default_remedy = "Stop what listens there, or choose another port for `sandbox.control_port` or the target."
 
 
 def run(settings: Settings) -> int:
@@ -30,7 +39,12 @@ def run(settings: Settings) -> int:
             ],
             settings.sandbox.control_port,
         )
-        await system.start()
+        try:
+            await system.start()
+        except OSError as error:
+            raise SandboxPortTaken(
+                f"{error.strerror}.", place="`sandbox.control_port`, or `port` of a target"
+            ) from None
         get_log("sandbox").info("listening", control_port=system.control_port, **system.ports)
         await stop.wait()
         await system.stop()

@@ -35,14 +35,21 @@ def run(settings: Settings, *, slot: int = 0) -> int:
     """Run one worker process; ``slot`` is its number on this host."""
 
     async def main(stop: asyncio.Event) -> None:
+        readiness = process.Readiness()
+        async with process.serve_health(settings, settings.health.worker + slot, readiness):
+            await work(stop, readiness)
+
+    async def work(stop: asyncio.Event, readiness: process.Readiness) -> None:
         key = HmacKey(settings.secrets.hmac_key.get_secret_value().encode())
         registry = Registry(settings.registry)
         # A start without the right schemas is refused; a registry that is down is waited for.
-        ids = await process.persist(lambda: asyncio.to_thread(find_ids, registry, settings.topics), stop)
+        ids = await process.persist(lambda: asyncio.to_thread(find_ids, registry, settings.topics), stop, readiness)
         if ids is None:
             return
         async with Identities(settings.redis, key) as identities:
-            ends = await process.persist(lambda: asyncio.to_thread(process.read_patients_end, settings), stop)
+            ends = await process.persist(
+                lambda: asyncio.to_thread(process.read_patients_end, settings), stop, readiness
+            )
             if ends is None:
                 return
             identities.require(*ends)
@@ -56,7 +63,8 @@ def run(settings: Settings, *, slot: int = 0) -> int:
                 batch_size=settings.worker.batch_records,
             )
             worker = Worker(feeder)
-            await _serve(settings, slot, worker, stop)
+            readiness.follow(worker.feeder.is_ready)
+            await _serve(worker, stop)
         failure = worker.explain()
         if failure is not None:
             raise failure
@@ -95,15 +103,15 @@ def build_deciders(
     return deciders
 
 
-async def _serve(settings: Settings, slot: int, worker: Worker, stop: asyncio.Event) -> None:
+async def _serve(worker: Worker, stop: asyncio.Event) -> None:
     faust_worker = _FaustWorker(
         worker.app, loglevel="WARNING", override_logging=False, redirect_stdouts=False, daemon=False, quiet=True
     )
-    async with process.serve_health(settings, settings.health.worker + slot, worker.feeder.is_ready):
-        await faust_worker.start()
-        waits = {asyncio.create_task(stop.wait()), asyncio.create_task(worker.app.wait_until_stopped())}
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        await faust_worker.stop()
-        await worker.feeder.close()
+    faust_worker.spinner = None  # it writes terminal codes into the log
+    await faust_worker.start()
+    waits = {asyncio.create_task(stop.wait()), asyncio.create_task(worker.app.wait_until_stopped())}
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    await faust_worker.stop()
+    await worker.feeder.close()

@@ -87,6 +87,7 @@ class Deployment:
             "redis.key_prefix": f"t{time.time_ns()}",
             "receiver.port": str(self.receiver_port),
             "listener.port": str(self.listener_port),
+            "sandbox.control_port": "0",
             **{f"health.{role}": str(port) for role, port in self.ports.items()},
             **overrides,
         }
@@ -143,6 +144,8 @@ class Deployment:
             DIRECT.open(f"http://127.0.0.1:{self.ports[role]}/ready", timeout=2)
         except urllib.error.HTTPError as error:
             return json.load(error)["reasons"]
+        except OSError:
+            return {}  # not there yet, or not any more
         return {}
 
     def wait_until(self, condition, complaint: str, timeout: float = 60) -> None:
