@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _MAPPING = Path(__file__).parent.parent / "mappings" / "epic_dft.yaml"
 _PLACE = re.compile(r"(PID|PV1|FT1)-([1-9]\d?)(?:\.([1-9]\d?)(?:\.([1-9]\d?))?)?\Z")
+_OWN: Final = frozenset({("PID", "1"), ("PV1", "1"), ("PV1", "2"), ("FT1", "1"), ("FT1", "2")})
 _BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # no I, L, O, U: read aloud on the phone without mistakes
 _LONGEST: Final = {"FT1-8": 40}
 """Lengths of HL7 2.5.1 that receivers are known to cut at; a cut reference would be worse than none."""
@@ -103,7 +104,12 @@ class EpicDftSettings(MllpSettings):
             )
         if self.id_length - len(self.id_prefix) < 10:
             raise ValueError("id_length must leave 10 characters after id_prefix, or ids could repeat")
-        _load_mapping(self.mapping_overlay)  # a broken mapping stops the start, not the first payment
+        # A broken mapping stops the start, not the first payment.
+        for part in _load_mapping(self.mapping_overlay).fields:
+            if not _is_free(part.to):
+                raise ValueError(
+                    f"mapping_overlay: {part.to} is not a place in PID, PV1 or FT1 that a mapping may fill"
+                )
         return self
 
 
@@ -218,8 +224,7 @@ def _arrange(mapped: dict[str, Any]) -> dict[str, dict[int, hl7.Content]]:
     found: dict[str, dict[int, dict[int, dict[int, str]]]] = {"PID": {}, "PV1": {}, "FT1": {}}
     for name, value in mapped.items():
         match = _PLACE.match(name)
-        if match is None or name in ("FT1-1", "FT1-2"):
-            raise Failure(FailureKind.UNMAPPED, "FIELD_UNKNOWN", name)
+        assert match is not None, "places were checked with the settings"
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise Failure(FailureKind.UNMAPPED, "FIELD_NOT_TEXT", name)
         if len(str(value)) > _LONGEST.get(name, 1000):
@@ -234,6 +239,12 @@ def _arrange(mapped: dict[str, Any]) -> dict[str, dict[int, hl7.Content]]:
         }
         for segment, fields in found.items()
     }
+
+
+def _is_free(place: str) -> bool:
+    """Whether a mapping may fill this place; the set ids, FT1-2 and the patient class are the connector's."""
+    match = _PLACE.match(place)
+    return match is not None and (match[1], match[2]) not in _OWN
 
 
 def _fill(parts: dict[int, str], absent: str) -> tuple[str, ...]:

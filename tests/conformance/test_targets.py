@@ -1,0 +1,190 @@
+"""What every target connector must keep, by its fixtures in ``tests/fixtures/targets/<name>/``.
+
+A new target inherits these tests by having a file in ``sinks/targets/`` and fixtures; nothing is edited here.
+"""
+
+import ast
+import json
+import logging
+from pathlib import Path
+
+import msgspec
+import pytest
+from pydantic import ValidationError
+
+from schemas.events import Kind, MoneyEvent, Reference
+from schemas.failure import Failure, FailureKind
+from schemas.mapping import check_files
+from schemas.money import Money
+from schemas.tenancy import Authority, Facility
+from sinks.catalog import discover
+from sinks.contract import PostingContext, TargetClass
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures" / "targets"
+TARGETS = discover()
+
+
+def read_cases(kind):
+    return [
+        pytest.param(name, json.loads(path.read_text("utf-8")), id=f"{name}-{path.stem}")
+        for name in TARGETS
+        for path in sorted((FIXTURES / name / kind).glob("*.json"))
+    ]
+
+
+def build_settings(name, overrides=None):
+    given = json.loads((FIXTURES / name / "settings.json").read_text("utf-8"))
+    return TARGETS[name].settings.model_validate(given | (overrides or {}))
+
+
+def build_context(case):
+    context = case["context"]
+    mrn = Reference(**context["mrn"])
+    facility = Facility(
+        id=case["event"]["facility"],
+        time_zone=context["time_zone"],
+        default_authority=mrn.authority,
+        authorities=(Authority(name=mrn.authority),),
+    )
+    return PostingContext(facility, mrn, context["frozen_at"])
+
+
+def freeze(name, case):
+    event = msgspec.convert(case["event"], MoneyEvent)
+    settings = build_settings(name, case["settings"])
+    assert TARGETS[name].routes(event, settings)
+    return TARGETS[name].freeze(event, build_context(case), settings), settings
+
+
+def first_case(name):
+    return next(case.values[1] for case in read_cases("requests") if case.values[0] == name)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_each_claimed_capability_has_a_fixture(name):
+    proved = {case.values[1]["capability"] for kind in ("requests", "answers") for case in read_cases(kind)
+              if case.values[0] == name}  # fmt: skip
+    assert set(TARGETS[name].capabilities) <= proved
+
+
+@pytest.mark.parametrize(("name", "case"), read_cases("requests"))
+def test_the_request_is_the_one_written_by_hand(name, case):
+    request, _ = freeze(name, case)
+    wanted = "\n".join(case["request"]).replace("{control_id}", request.control_id)
+    wanted = wanted.replace("{reference}", request.reference)
+    assert request.body.decode("utf-8").rstrip("\r\n").replace("\r\n", "\n").replace("\r", "\n") == wanted
+
+
+@pytest.mark.parametrize(("name", "case"), read_cases("requests"))
+def test_the_key_is_a_function_of_event_and_instance_alone(name, case):
+    request, _ = freeze(name, case)
+    later = {**case, "context": {**case["context"], "frozen_at": case["context"]["frozen_at"] + 86_400_000}}
+    assert freeze(name, later)[0].control_id == request.control_id
+    assert freeze(name, later)[0].reference == request.reference
+    other_event = {**case, "event": {**case["event"], "event_id": "f" * 32}}
+    other_instance = {**case, "settings": {**case["settings"], "name": "another"}}
+    for other in (other_event, other_instance):
+        assert freeze(name, other)[0].control_id != request.control_id
+    assert freeze(name, other_event)[0].reference != request.reference
+    assert freeze(name, case)[0] == request
+
+
+@pytest.mark.parametrize(("name", "case"), read_cases("answers"))
+def test_the_answer_means_what_it_must(name, case):
+    settings = build_settings(name, case["settings"])
+    request, _ = freeze(name, first_case(name))
+    text = "\r".join(case["answer"]).replace("{control_id}", request.control_id)
+    answer = TARGETS[name].verdict(text.encode() + b"\r", request, settings)
+    assert answer.kind == (FailureKind(case["kind"]) if case["kind"] else None)
+    assert answer.code == case["code"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_way_an_answer_can_fall_out_has_a_fixture(name):
+    kinds = {case.values[1]["kind"] for case in read_cases("answers") if case.values[0] == name}
+    assert {None, "REJECTED", "UNAVAILABLE", "AMBIGUOUS"} <= kinds
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("answer", [b"", b"\x00\xff\xfe", b"{}", b"MSH|^~\\&", b"<html>", b"MSA|AA|x\r"])
+def test_garbage_is_never_success_and_never_a_refusal(name, answer):
+    request, settings = freeze(name, first_case(name))
+    assert TARGETS[name].verdict(answer, request, settings).kind is FailureKind.AMBIGUOUS
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_settings_refuse_unknown_keys_and_lacking_ones(name):
+    with pytest.raises(ValidationError, match="no_such_key"):
+        build_settings(name, {"no_such_key": 1})
+    with pytest.raises(ValidationError):
+        TARGETS[name].settings.model_validate({"name": "x", "connector": name})
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_class_that_resends_knows_its_window(name):
+    settings = build_settings(name)
+    if TARGETS[name].classify(settings) is TargetClass.A:
+        assert TARGETS[name].window(settings) > 0
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("kind", list(Kind))
+def test_every_kind_is_routed_or_not_and_a_strange_facility_never(name, kind):
+    event = msgspec.convert(first_case(name)["event"] | {"kind": kind.value}, MoneyEvent)
+    settings = build_settings(name)
+    assert isinstance(TARGETS[name].routes(event, settings), bool)
+    event.facility = "elsewhere"
+    assert not TARGETS[name].routes(event, settings)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_neither_repr_nor_log_nor_failure_shows_a_patient(name, caplog):
+    caplog.set_level(logging.DEBUG)
+    case = first_case(name)
+    event = {**case["event"], "object_id": "Zebra-Planted-Text-" * 10, "visit": {
+        "authority": "NORTH", "id_type": "VN", "value": "PLANTEDVISIT"}}  # fmt: skip
+    planted = {**case, "event": event, "context": {**case["context"], "mrn": {
+        "authority": "NORTH", "id_type": "MR", "value": "PLANTEDMRN"}}}  # fmt: skip
+    seen = repr(build_context(planted))
+    try:
+        request, settings = freeze(name, planted)
+    except Failure as failure:
+        seen += repr(failure) + str(failure)
+        request, settings = freeze(name, {**planted, "event": {**event, "object_id": "x"}})
+    seen += repr(request) + repr(TARGETS[name].verdict(b"PLANTEDMRN|PLANTEDVISIT", request, settings)) + caplog.text
+    assert "PLANTED" in request.body.decode()
+    assert "PLANTED" not in seen
+    assert "Planted" not in seen
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_file_is_pure_and_documented(name):
+    path = ROOT / "sinks" / "targets" / f"{name}.py"
+    tree = ast.parse(path.read_text("utf-8"))
+    imported = {
+        alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
+    imported |= {
+        node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
+    }
+    assert not imported & {"time", "random", "logging", "socket", "asyncio", "secrets", "uuid", "telemetry", "clients"}
+    assert "now(" not in path.read_text("utf-8")
+    assert ast.get_docstring(tree)
+    assert TARGETS[name].documentation.startswith("https://")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_its_mapping_passes_its_own_check(name):
+    path = ROOT / "sinks" / "mappings" / f"{name}.yaml"
+    assert check_files([path]) == []
+
+
+def test_money_of_the_fixtures_is_written_by_hand():
+    """The fixtures' amounts agree with ISO 4217, read here from their own text."""
+    for case in read_cases("requests"):
+        money = Money(**case.values[1]["event"]["money"])
+        text = "\n".join(case.values[1]["request"])
+        digits = text.split(f"&{money.currency}", 1)[0].rsplit("|", 1)[1].lstrip("-")
+        assert int(digits.replace(".", "")) == money.minor
+        assert len(digits.partition(".")[2]) == money.exponent

@@ -1,0 +1,42 @@
+"""Back-off over a whole target."""
+
+from sinks.availability import Availability
+
+
+def test_open_until_something_fails():
+    target = Availability(lambda: 0.5)
+    assert target.is_open
+    assert target.limit_calls(0.0, 32) == 32
+
+
+def test_closed_then_one_probe_then_open():
+    target = Availability(lambda: 0.999, first=1.0)
+    target.fail(10.0, "CONNECT_FAILED")
+    assert (target.is_open, target.reason) == (False, "CONNECT_FAILED")
+    assert target.limit_calls(10.5, 32) == 0
+    assert target.limit_calls(11.0, 32) == 1
+    target.succeed()
+    assert target.limit_calls(11.0, 32) == 32
+
+
+def test_pauses_grow_to_their_limit_and_never_vanish():
+    for jitter in (0.0, 0.999):
+        target = Availability(lambda jitter=jitter: jitter, first=1.0, longest=30.0)
+        now, pauses = 0.0, []
+        for _ in range(12):
+            target.fail(now, "CONNECT_FAILED")
+            start = now
+            while not target.limit_calls(now, 4):
+                now += 0.01
+            pauses.append(now - start)
+        assert min(pauses) >= 0.09
+        assert max(pauses) <= 30.02
+        assert pauses[:4] == sorted(pauses[:4])
+        assert pauses[-1] > pauses[0] * 10
+
+
+def test_many_failures_of_one_moment_count_once():
+    target = Availability(lambda: 0.999, first=1.0)
+    for _ in range(32):
+        target.fail(10.0, "CONNECT_FAILED")
+    assert target.limit_calls(11.0, 4) == 1
