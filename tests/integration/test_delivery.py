@@ -203,6 +203,20 @@ def count_partitions(kafka):
     return len(found.partitions) if found else 0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fresh_topics(embedded_stack):
+    """Begin with empty topics: every site reads the canonical ones whole."""
+    admin = AdminClient({"bootstrap.servers": embedded_stack.up().kafka_bootstrap})
+    known = admin.list_topics(timeout=10).topics
+    names = [name for name in known if not name.startswith("_")]
+    for future in admin.delete_topics(names, operation_timeout=20).values() if names else ():
+        future.result()
+    until = time.monotonic() + 20
+    while set(names) & set(admin.list_topics(timeout=10).topics):
+        assert time.monotonic() < until, "topics are not deleted"
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def make_site(stack, tmp_path):
     def make(*, dedupe):
