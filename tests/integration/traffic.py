@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -30,6 +32,27 @@ from sandbox.expected import read_expected
 ROOT = Path(__file__).parents[2]
 EQUATION = ("canonical", "suppressed", "ignored", "patient_update", "waiting", "in_review", "dead_lettered")
 OUTCOMES = ("posted", "not_routed", "rejected", "dead_lettered", "parked", "unknown", "waived")
+
+
+PORTS = (
+    "receiver.port",
+    "listener.port",
+    "sandbox.control_port",
+    *(f"health.{role}" for role in ("receiver", "listener", "projector", "worker", "deliverer")),
+    *(f"targets.epic-{facility}.port" for facility in ("north", "harbor", "valley")),
+)
+
+
+def find_ports():
+    """A free port for everything that listens, outside the range of outgoing connections."""
+    found = {}
+    while len(found) < len(PORTS):
+        port = 10_000 + secrets.randbelow(10_000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if port not in found.values() and probe.connect_ex(("127.0.0.1", port)) != 0:
+                found[PORTS[len(found)]] = port
+    return found
 
 
 class Finished:
@@ -98,6 +121,7 @@ class Home:
         shutil.copytree(ROOT / "examples", folder / "examples")
         self.config = folder / "examples" / "three-facilities.toml"
         self.data = folder / ".remitstream"
+        self.ports = find_ports()
         self.expected_path = self.data / "expected.json"
         self._runs = 0
 
@@ -110,10 +134,13 @@ class Home:
         return read_settings(self.config, [("stack.embedded", "true")])
 
     def start(self, *options, events=300, seed=None):
-        """Begin a run."""
+        """Begin a run, on ports of its own: a process that is restarted must find its port again."""
         self._runs += 1
         output, report = (self.folder / f"run-{self._runs}.{end}" for end in ("txt", "json"))
-        command = ["run", "--once", "--events", str(events), "--report", str(report), *options]
+        command = ["run", "--once", "--events", str(events), "--report", str(report)]
+        for key, port in self.ports.items():
+            command += ["--set", f"{key}={port}"]
+        command += options
         if seed is not None:
             command += ["--seed", str(seed)]
         with output.open("wb") as sink:

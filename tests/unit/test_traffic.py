@@ -650,6 +650,21 @@ def test_outcomes_of_targets_are_exact(expected):
     assert compare_targets(expected, {"epic-unknown": {"posted": 1}}) != []
 
 
+def test_a_refused_resend_may_be_unknown_only_when_calls_were_cut(expected):
+    name, counts = next((name, counts) for name, counts in expected.targets.items() if counts.rejected)
+    outcomes = {
+        target: {"posted": known.posted, "not_routed": known.not_routed, "rejected": known.rejected}
+        for target, known in expected.targets.items()
+    }
+    outcomes[name] |= {"rejected": counts.rejected - 1, "unknown": 1}
+    assert compare_targets(expected, outcomes, cut=True) == []
+    assert len(compare_targets(expected, outcomes)) == 2
+    outcomes[name] |= {"rejected": counts.rejected}
+    assert [difference.place for difference in compare_targets(expected, outcomes, cut=True)] == [f"{name} unknown"]
+    outcomes[name] |= {"rejected": counts.rejected - 1, "unknown": 0}
+    assert [difference.place for difference in compare_targets(expected, outcomes, cut=True)] == [f"{name} rejected"]
+
+
 CARD = Plant("card", "4242424242424242", ("stripe.description",))
 AMEX = Plant("card", "378282246310005", ("hl7.NTE-3",))
 NAME = Plant("name", "Zo\u00eb Quollmarrow", ("hl7.PID-5",))
