@@ -146,6 +146,8 @@ class TopicReader:
             futures = self._admin.list_offsets(requests, isolation_level=level, request_timeout=10)
             return {tp.partition: future.result().offset for tp, future in futures.items()}
         except KafkaException as error:
+            # It would keep asking under the leader epoch it knows, minutes after a leader has changed or restarted.
+            self._admin = None
             raise KafkaUnreachable(f"offsets cannot be listed ({name_error(error)}).", place=self.topic) from None
 
     def _move(self, partition: int, offset: int) -> None:
