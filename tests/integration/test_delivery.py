@@ -426,8 +426,12 @@ async def test_nobody_is_posted_while_identity_cannot_be_decided(make_site):
         await site.billing.stop()
 
 
-def start_program(site, *, crash_after):
-    """A deliverer process; it kills itself (SIGKILL) just after its ``crash_after``-th socket write."""
+def start_program(site, *, crash_after=0, freeze_before=0, instance="test", lease=True):
+    """A deliverer process.
+
+    It kills itself (SIGKILL) just after its ``crash_after``-th socket write, stops (SIGSTOP) just before its
+    ``freeze_before``-th, before the last look.
+    """
     options = {
         "kafka": site.kafka.bootstrap,
         "registry": site.registry_settings.url,
@@ -435,6 +439,9 @@ def start_program(site, *, crash_after):
         "port": site.port,
         "dedupe": site.dedupe,
         "crash_after": crash_after,
+        "freeze_before": freeze_before,
+        "instance": instance,
+        "lease": lease,
     }
     return subprocess.Popen(
         [sys.executable, __file__, json.dumps(options)],
@@ -497,6 +504,40 @@ async def test_kill_9_at_a_target_without_dedupe_doubles_nothing_and_asks_a_pers
         await site.billing.stop()
 
 
+@pytest.mark.parametrize("lease", [True, False])
+async def test_a_frozen_process_that_was_replaced_writes_nothing_more(make_site, lease):
+    """Without the lease (the control) it does write, so the test can see it."""
+    site = make_site(dedupe=False)
+    await site.billing.start()
+    try:
+        await site.billing.set_mode(Mode(ModeKind.SLOW, seconds=0.05))
+        site.publish([("capture", f"pi_{n}", f"pi_{n}", 500 + n) for n in range(120)])
+        frozen = start_program(site, instance="one", lease=lease, freeze_before=21)
+        successor = None
+        try:
+            await wait_until(lambda: os.waitid(os.P_PID, frozen.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT))
+            successor = start_program(site, instance="two")
+            await wait_until(lambda: count_final(site) == 120)
+            await wait_for_postings(site, 112)
+            before = len(site.read_postings())
+            frozen.send_signal(signal.SIGCONT)
+            await asyncio.sleep(3)
+            assert (len(site.read_postings()) == before) is lease
+        finally:
+            for process in filter(None, (frozen, successor)):
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+                await wait_for_exit(process)
+        descriptions = [row["description"] for row in site.read_postings()]
+        assert len(descriptions) == len(set(descriptions))
+        last = Counter(found[0] for found in site.read_last_outcomes().values())
+        # In flight when it froze: two for each of four connections at most.
+        assert last["unknown"] <= 8
+        assert last["posted"] + last["unknown"] == 120
+    finally:
+        await site.billing.stop()
+
+
 async def test_a_clean_stop_leaves_nothing_unknown(make_site):
     site = make_site(dedupe=False)
     await site.billing.start()
@@ -554,17 +595,20 @@ async def test_the_frontier_is_the_end_when_all_is_done(make_site):
 
 
 class _CrashingTransport(MllpTransport):
-    """Kills this process just after a socket write, when the message may be anywhere."""
+    """Kills this process just after a socket write, when the message may be anywhere; or freezes it just before one."""
 
-    def __init__(self, settings, crash_after):
+    def __init__(self, settings, options):
         super().__init__(settings)
-        self.left = crash_after
+        self.writes = 0
+        self.options = options
 
     async def send(self, request, before_write):
         def note():
+            self.writes += 1
+            if self.writes == self.options["freeze_before"]:
+                os.kill(os.getpid(), signal.SIGSTOP)
             before_write()
-            self.left -= 1
-            if self.left == 0:
+            if self.writes == self.options["crash_after"]:
                 asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGKILL)
 
         return await super().send(request, note)
@@ -579,9 +623,11 @@ async def run_program(options):
         build_tenancy(options["name"]),
         registry=Registry(RegistrySettings(url=options["registry"])),
         identities=EverybodyKnown(),
-        instance="test",
-        transport=_CrashingTransport(settings, options["crash_after"]),
+        instance=options["instance"],
+        transport=_CrashingTransport(settings, options),
     )
+    if not options["lease"]:
+        runner._is_lease_fresh = lambda: True
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runner.stop)
     await runner.run()
 
