@@ -194,7 +194,11 @@ class PartitionState:
 
     def _open(self) -> None:
         self.close()
-        marks = {b"boot": _read_boot_id().encode(), b"topics": _encoder.encode(self._topic_ids)}
+        marks = {
+            b"boot": _read_boot_id().encode(),
+            b"topics": _encoder.encode(self._topic_ids),
+            b"partition": self.path.name.encode(),
+        }
         for attempt in range(2):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)

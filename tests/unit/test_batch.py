@@ -26,6 +26,7 @@ class Group:
         self.topic_ids = dict.fromkeys(RAW, "T")
         self.frontier = dict.fromkeys(((topic, 0) for topic in RAW), 0)
         self.polls, self.answers, self.calls = [], [], []
+        self.last_heartbeat = float("inf")
 
     def frontiers(self):
         return dict(self.frontier)

@@ -187,6 +187,15 @@ def test_a_store_of_an_earlier_topic_is_dropped(open_state, log, topic):
     assert list_keys(open_state()) == []
 
 
+def test_a_store_of_another_partition_is_dropped(open_state, log, tmp_path):
+    state = open_state()
+    write_keys(log, state, "a")
+    state.close()
+    state.path.rename(tmp_path / "stripe-1")
+    log.records = {name: [] for name in log.ids}
+    assert list_keys(open_state(partition=1)) == []
+
+
 def test_a_store_that_was_not_current_for_days_is_rebuilt(open_state, log, monkeypatch):
     write_keys(log, open_state(), "a")
     now = time.time()
