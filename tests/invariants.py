@@ -11,6 +11,9 @@ from typing import Any
 
 FILE = Path(__file__).with_name("invariants.toml")
 
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- invariants -->\n", "<!-- end -->\n"
+
 INTRODUCTION = """\
 <!-- Written by `make test`; do not edit. -->
 
@@ -51,13 +54,14 @@ class Tally:
         for name in names:
             self._files[name][file] += 1
 
-    def write(self, path: Path) -> None:
-        """Write the counts as JSON, and the table beside it."""
+    def write(self, path: Path, readme: Path = README) -> None:
+        """Write the counts as JSON, the table beside it, and the short one into the README."""
         counts = {
             name: {"passed": files.total(), "tests": dict(sorted(files.items()))} for name, files in self._files.items()
         }
         path.write_text(json.dumps(counts, indent=2) + "\n", "utf-8")
         path.with_suffix(".md").write_text(render(counts), "utf-8")
+        readme.write_text(put_summary(readme.read_text("utf-8"), counts), "utf-8")
 
 
 def render(counts: dict[str, Any]) -> str:
@@ -67,3 +71,20 @@ def render(counts: dict[str, Any]) -> str:
         where = ", ".join(f"`{file.removeprefix('tests/')}` {count}" for file, count in counts[name]["tests"].items())
         rows.append(f"| **{name}** {entry['name']} | {entry['says']} | {counts[name]['passed']} | {where} |\n")
     return INTRODUCTION + "".join(rows)
+
+
+def render_summary(counts: dict[str, Any]) -> str:
+    """The short table of the README: the three files that show most."""
+    lines = ["| Invariant | Shown by | Tests |\n", "| --- | --- | --- |\n"]
+    for name, entry in read().items():
+        files = Counter(counts[name]["tests"]).most_common()
+        shown = ", ".join(f"`{file.removeprefix('tests/')}`" for file, _ in files[:3])
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        lines.append(f"| **{name}** {entry['name']} | {shown}{more} | {counts[name]['passed']} |\n")
+    return "".join(lines)
+
+
+def put_summary(text: str, counts: dict[str, Any]) -> str:
+    """The README with its table brought up to date."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + render_summary(counts) + END + rest.split(END)[1]

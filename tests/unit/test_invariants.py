@@ -69,13 +69,24 @@ def test_the_table_is_made_from_the_counts():
     assert re.findall(r"^\| \*\*(I\d+)\*\*", text, re.MULTILINE) == list(KNOWN)
 
 
+def test_the_readme_shows_the_same_counts():
+    text = invariants.README.read_text("utf-8")
+    assert text == invariants.put_summary(text, json.loads(COUNTS.read_text("utf-8")))
+
+
 def test_a_tally_counts_what_passed(tmp_path):
     tally = invariants.Tally()
     tally.add("tests/unit/test_money.py", ["I8", "I9"])
     tally.add("tests/unit/test_money.py", ["I8"])
-    tally.write(tmp_path / "counts.json")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- invariants -->\nold\n<!-- end -->\nafter\n", "utf-8")
+    tally.write(tmp_path / "counts.json", readme)
     counts = json.loads((tmp_path / "counts.json").read_text("utf-8"))
     assert counts["I8"] == {"passed": 2, "tests": {"tests/unit/test_money.py": 2}}
     assert counts["I9"]["passed"] == 1
     assert counts["I1"]["passed"] == 0
+    lines = readme.read_text("utf-8").splitlines()
+    assert "| **I8** Money is exact | `unit/test_money.py` | 2 |" in lines
+    assert [lines[0], lines[-1]] == ["before", "after"]
+    assert "old" not in lines
     assert "`unit/test_money.py` 2" in (tmp_path / "counts.md").read_text("utf-8")
