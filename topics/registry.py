@@ -72,9 +72,7 @@ class Registry:
     def find_id(self, subject: str, schema: str) -> int | None:
         """Id of exactly this schema under the subject, or None."""
         status, body = self._call("POST", f"/subjects/{subject}", {"schema": schema})
-        if status == 404:
-            return None
-        return int(body["id"])
+        return int(body["id"]) if status == 200 else None
 
     def find_schema(self, schema_id: int) -> str:
         """Schema text of an id, cached."""
@@ -87,11 +85,11 @@ class Registry:
         return text
 
     def check(self, subject: str, schema: str) -> bool:
-        """Whether the schema is compatible with every registered version of the subject."""
+        """Whether the schema is valid and compatible with every registered version of the subject."""
         status, body = self._call(
             "POST", f"/compatibility/subjects/{subject}/versions?verbose=false", {"schema": schema}
         )
-        return status == 404 or bool(body["is_compatible"])
+        return status == 404 or (status == 200 and bool(body["is_compatible"]))
 
     def register(self, subject: str, schema: str) -> int:
         """Register under FULL_TRANSITIVE and return the id; the same schema gives the same id."""
