@@ -40,6 +40,7 @@ WRITES = {
     "project": ("patients",),  # what it reads: it writes to Redis
     "deliver": ("deliveries",),
 }
+TRANSACTIONAL = ("worker", "deliver")
 RESTARTS = {
     "receive": "receiver",
     "listen": "listener",
@@ -91,7 +92,8 @@ class Killer:
                     process.wait(10)
                     points.pop(0)
                     self.kills[role] += 1
-                    self.open_transactions[role] += self._offsets.has_open_transaction(*WRITES[role])
+                    if role in TRANSACTIONAL:
+                        self.open_transactions[role] += self._offsets.has_open_transaction(*WRITES[role])
         return not any(self._left.values())
 
 

@@ -6,6 +6,7 @@ SQLite, expected results by the file that was written before the first byte was 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -311,8 +312,8 @@ class Texts:
                 value = message.value() or b""
                 source = dict(message.headers() or []).get("source")
                 if topic == "raw.hl7" or (topic == "dlq" and source == b"hl7"):
-                    # The name stands in PID-5, where it belongs; it is searched everywhere else.
-                    value = blank_name(value)
+                    # There a name stands where it belongs; it is searched everywhere else.
+                    value = blank_names(value)
                 yield f"{place} value", value
                 decoded = self._decode(value)
                 if decoded is not None:
@@ -323,7 +324,7 @@ class Texts:
         """Text of an Avro value (Confluent wire format) or of MessagePack; None when it is neither."""
         if value[:1] == b"\0" and len(value) > 5:
             number = int.from_bytes(value[1:5], "big")
-            return repr(fastavro.schemaless_reader(_open(value[5:]), self._find_schema(number))).encode()
+            return repr(fastavro.schemaless_reader(io.BytesIO(value[5:]), self._find_schema(number))).encode()
         try:
             content = msgspec.msgpack.decode(value)
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -342,25 +343,18 @@ class Texts:
         return self._schemas[number]
 
 
-def _open(data):
-    import io  # noqa: PLC0415
-
-    return io.BytesIO(data)
-
-
 def _show(value):
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def blank_name(message):
-    """An HL7 message without PID-5."""
-    segments = message.split(b"\r")
-    for number, segment in enumerate(segments):
-        fields = segment.split(b"|")
-        if fields[0] == b"PID" and len(fields) > 5:
-            fields[5] = b""
-            segments[number] = b"|".join(fields)
-    return b"\r".join(segments)
+def blank_names(message):
+    """An HL7 message without the fields that are for the patient's name: PID-5, and MRG-7 of a merge."""
+    segments = [segment.split(b"|") for segment in message.split(b"\r")]
+    for fields in segments:
+        place = {b"PID": 5, b"MRG": 7}.get(fields[0])
+        if place is not None and len(fields) > place:
+            fields[place] = b""
+    return b"\r".join(b"|".join(fields) for fields in segments)
 
 
 def read_files(*folders):
