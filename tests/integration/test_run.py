@@ -12,9 +12,11 @@ import socket
 import sqlite3
 
 import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from sandbox.expected import find_plants
-from tests.integration.traffic import EQUATION, OUTCOMES, Home, assert_green, read_files, wait_for
+from tests.integration.traffic import EQUATION, OUTCOMES, Home, assert_green, read_all, read_files, wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -122,24 +124,6 @@ def test_taken_ports_are_replaced(first, second):
         assert f":{second.taken[key]}/" not in used[1]
 
 
-def test_data_survives_the_runs(home, first, second):
-    """The topics hold all runs; the account over all of them still balances."""
-    kept = home.read_postings()
-    assert kept[: len(first.postings)] == first.postings
-    code, _ = home.call("stack", "up")
-    assert code == 0
-    try:
-        code, text = home.call("account", "--json")
-    finally:
-        assert home.call("stack", "down")[0] == 0
-    books = json.loads(text)
-    assert books["accepted"] > first.report["accepted"] + second.report["accepted"]
-    assert books["lost"] == books["doubled"] == 0
-    assert books["accepted"] == books["pending"] + sum(books[name] for name in EQUATION)
-    assert code == 0
-    assert home.describe_processes() == []
-
-
 def test_a_wrong_ledger_is_told_and_ends_in_failure(home, second):
     """The billing systems' own book is changed while the run goes on: a row lost, one twice, one cent too much."""
     run = home.start()
@@ -172,3 +156,45 @@ def test_a_wrong_ledger_is_told_and_ends_in_failure(home, second):
     assert finished.report["balanced"]
     assert finished.report["lost"] == 0
     assert home.describe_processes() == []
+
+
+@pytest.fixture(scope="module")
+def attached(home, second):
+    """The stack alone, as the runs left its data."""
+    assert home.call("stack", "up")[0] == 0
+    yield
+    assert home.call("stack", "down")[0] == 0
+    assert home.describe_processes() == []
+
+
+def test_data_survives_the_runs(home, first, second, attached):
+    """The topics hold all runs; the account over all of them still balances."""
+    kept = home.read_postings()
+    assert kept[: len(first.postings)] == first.postings
+    code, text = home.call("account", "--json")
+    books = json.loads(text)
+    assert books["accepted"] > first.report["accepted"] + second.report["accepted"]
+    assert books["lost"] == books["doubled"] == 0
+    assert books["accepted"] == books["pending"] + sum(books[name] for name in EQUATION)
+    assert code == 0
+
+
+def test_a_deleted_record_is_a_loss_that_account_names(home, attached):
+    """The first canonical record and the first delivery are removed from the log."""
+    bootstrap = home.find_address()
+    canonical = next(m for m in read_all(bootstrap, "payments") if m.headers())
+    hop, event_id = (dict(canonical.headers())[name].decode() for name in ("hop", "event_id"))
+    delivery = next(m for m in read_all(bootstrap, "deliveries") if event_id.encode() not in m.key())
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    for record in (canonical, delivery):
+        place = TopicPartition(record.topic(), record.partition(), record.offset() + 1)
+        for future in admin.delete_records([place]).values():
+            future.result()
+    code, text = home.call("account", "--json")
+    books = json.loads(text)
+    assert code == 1
+    assert not books["balanced"]
+    assert books["lost"] == 2
+    assert hop in books["missing"]
+    event, _, target = delivery.key().decode().partition("|")
+    assert f"{target}:{event}" in books["missing"]
