@@ -79,6 +79,9 @@ class WorkerSettings(Strict):
         le=720,
         description="How long a refund or dispute waits for its unknown payment before review.",
     )
+    waiting_limit: int = Field(
+        default=100_000, ge=2, description="Records on hold in a partition at which it takes in no new ones."
+    )
 
 
 class HealthSettings(Strict):

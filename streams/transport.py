@@ -58,6 +58,7 @@ class Feeder:
         slot: int,
         state_folder: Path,
         batch_size: int,
+        waiting_limit: int = 100_000,
         metrics: Metrics = METRICS,
     ) -> None:
         self.deciders = {catalog.name_raw(source): decider for source, decider in deciders.items()}
@@ -69,6 +70,8 @@ class Feeder:
         self._state_folder = state_folder / f"{instance}-{slot}"
         self._batch_size = batch_size
         self._limit = batch_size
+        self._waiting_limit = waiting_limit
+        self._crowded: frozenset[tuple[str, int]] = frozenset()
         self._refused: frozenset[str] = frozenset()
         self._failures = 0
         self._pending: list[Batch] = []
@@ -103,6 +106,7 @@ class Feeder:
     async def next_batch(self) -> Batch | None:
         """The next batch; None when there is nothing to do. Polls at most 0.1 s, once per batch of every raw topic."""
         if not self._pending:
+            await self._limit_intake()
             polled = await self.group.poll(self._limit, IDLE_SECONDS)
             if polled.records or time.monotonic() - self._last_idle >= IDLE_SECONDS:
                 self._last_idle = time.monotonic()
@@ -177,6 +181,23 @@ class Feeder:
         await self.group.resume()
         self._resumed_at = time.monotonic()
 
+    async def _limit_intake(self) -> None:
+        """Partitions whose waiting room is full get no new records until it is half empty; releases go on."""
+        crowded = frozenset(
+            key
+            for key, room in list(self.rooms.items())
+            if len(room.waiting) >= (self._waiting_limit if key not in self._crowded else self._waiting_limit // 2 + 1)
+        )
+        if crowded == self._crowded:
+            return
+        for topic, partition in crowded - self._crowded:
+            self._log.warning("waiting_room_full", place=f"{topic}[{partition}]", limit=self._waiting_limit)
+        await self.group.pause(sorted(crowded - self._crowded))
+        await self.group.resume(sorted(self._crowded - crowded))
+        # What was polled of a partition just paused is read again when it resumes; nothing of it is in hand here.
+        self._metrics.set(Metric.PAUSED, float(bool(crowded)), role="worker", reason="WAITING_ROOM_FULL")
+        self._crowded = crowded
+
     def _unpause(self) -> None:
         if self.paused is not None:
             self._metrics.set(Metric.PAUSED, 0, role="worker", reason=self.paused.code)
@@ -187,6 +208,9 @@ class Feeder:
         reasons = {}
         if self.paused is not None:
             reasons["paused"] = f"{self.paused.code} at {self.paused.place}"
+        if self._crowded:
+            full = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(self._crowded))
+            reasons["waiting room full"] = full
         if not self.group.is_ready():
             reasons["group"] = "joining, or loading state"
         elif time.monotonic() - self.group.last_heartbeat > self._kafka.session_timeout_seconds:

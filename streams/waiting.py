@@ -40,14 +40,16 @@ class WaitingRoom:
     _entities: dict[str, dict[str, Held]] = field(default_factory=dict)
     _awaited: dict[str, dict[str, set[str]]] = field(default_factory=dict)
     """Identity hash -> entity -> hops that wait for it."""
+    _count: int = 0
 
     def __len__(self) -> int:
-        return sum(len(held) for held in self._entities.values())
+        return self._count
 
     def hold(self, held: Held) -> None:
         """Add a record, or change what it waits for."""
         self.release(held.entity, held.hop)
         self._entities.setdefault(held.entity, {})[held.hop] = held
+        self._count += 1
         if held.reason == PATIENT_UNKNOWN:
             self._awaited.setdefault(held.awaited, {}).setdefault(held.entity, set()).add(held.hop)
 
@@ -57,6 +59,7 @@ class WaitingRoom:
         held = waiting.pop(hop, None)
         if held is None:
             return
+        self._count -= 1
         if not waiting:
             del self._entities[entity]
         if held.reason == PATIENT_UNKNOWN:

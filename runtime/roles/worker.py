@@ -61,6 +61,7 @@ def run(settings: Settings, *, slot: int = 0) -> int:
                 slot=slot,
                 state_folder=settings.worker.state,
                 batch_size=settings.worker.batch_records,
+                waiting_limit=settings.worker.waiting_limit,
             )
             worker = Worker(feeder)
             readiness.follow(worker.feeder.is_ready)

@@ -249,6 +249,28 @@ def test_what_the_broker_refuses_is_a_dead_letter_and_the_rest_flows(deploy):
     deployment.await_account(lambda account: account.raw.parts["canonical"] == 60)
 
 
+def test_a_full_waiting_room_stops_intake_until_patients_arrive(deploy):
+    deployment = deploy(worker__partitions="1", worker__batch_records="5", worker__waiting_limit="10")
+    plant = Plant(deployment)
+    for number in range(40):
+        plant.send(f"pi_{number}", build_body("payment_intent.succeeded", f"pi_{number}", 100, mrn=f"M{number}"))
+    plant.flush()
+    deployment.start("project")
+    deployment.await_ready("projector")
+    plant.start()
+    deployment.wait_until(lambda: "waiting room full" in deployment.read_reasons("worker"), "intake is not stopped")
+    held = deployment.account()
+    assert held.balanced
+    assert 10 <= held.raw.parts["waiting"] < 20
+    assert held.raw.pending == 40 - held.raw.parts["waiting"]
+    plant.admit(*(f"M{number}" for number in range(40)))
+    account = deployment.await_account(lambda account: not account.raw.parts["waiting"] and not account.raw.pending)
+    assert account.balanced
+    assert account.raw.parts["canonical"] == 40
+    deployment.await_ready("worker")
+    assert deployment.stop("worker") == 0
+
+
 @pytest.fixture
 def subject(deployment):
     """A subject of the deployment, taken out of the registry; put back afterwards."""
