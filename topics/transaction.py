@@ -6,6 +6,7 @@ Blocking; called on the thread that owns the group's consumer (``topics.group``)
 from __future__ import annotations
 
 import contextlib
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -70,16 +71,22 @@ _REFUSALS = frozenset(
         KafkaError.RECORD_LIST_TOO_LARGE,
     }
 )
+_OFFSETS_SECONDS = 5.0
+
 _FENCED = frozenset({KafkaError._FENCED, KafkaError.INVALID_PRODUCER_EPOCH, KafkaError.PRODUCER_FENCED})  # noqa: SLF001
 
 
 class Transactor:
-    """A transactional producer: one per process and slot."""
+    """A transactional producer: one per process and slot.
+
+    A producer whose transaction can be neither finished nor aborted is replaced: the successor's first call makes the
+    broker abort what the old one left open. Never after a commit was asked for: then only the log can tell.
+    """
 
     def __init__(self, kafka: KafkaSettings, transactional_id: str) -> None:
         self.transactional_id = transactional_id
         self._bootstrap = kafka.bootstrap
-        self._producer = Producer(
+        self._configuration = (
             kafka.build_client(transactional_id)
             | PRODUCER
             | {
@@ -90,6 +97,8 @@ class Transactor:
                 "queue.buffering.max.messages": 500_000,
             }
         )
+        self._producer: Any = Producer(self._configuration)
+        self._is_open = False
         self._delivered: list[tuple[Output, int]] = []
         self._errors: list[tuple[Output | None, Any]] = []
         self._one_by_one = False
@@ -102,6 +111,7 @@ class Transactor:
             if error.args[0].code() in _FENCED:
                 raise ProcessFenced("a newer process is running.", place=self.transactional_id) from None
             raise KafkaUnreachable(f"no transaction ({name_error(error)}).", place=self._bootstrap) from None
+        self._is_open = True
 
     def commit(self, outputs: Sequence[Output], offsets: list[TopicPartition], group_metadata: object) -> None:
         """Write all outputs and the input offsets in one transaction; set each output's ``offset``.
@@ -109,8 +119,13 @@ class Transactor:
         Everything is flushed and acknowledged before the offsets are sent: the last step before the commit.
         Raises ``TransactionAborted``, ``RecordRefused`` or ``ProcessFenced``; then nothing of it is visible.
         """
-        self._delivered.clear()
-        self._errors.clear()
+        if not self._is_open:
+            try:
+                self.open(8.0)
+            except KafkaUnreachable as error:
+                raise TransactionAborted(error.detail) from None
+        # Lists of this transaction: a late report of a replaced producer goes into the old ones.
+        self._delivered, self._errors = [], []
         try:
             self._producer.begin_transaction()
             for index, output in enumerate(outputs):
@@ -121,7 +136,7 @@ class Transactor:
                 self._errors.append((None, None))
             if self._errors:
                 self._raise_delivery_error(outputs)
-            self._producer.send_offsets_to_transaction(offsets, group_metadata, 8.0)
+            self._send_offsets(offsets, group_metadata)
             self._commit()
         except KafkaException as error:
             self._fail(error)
@@ -131,11 +146,45 @@ class Transactor:
 
     def close(self) -> None:
         """Abort what is open. Fenced or unanswered, the coordinator does it by itself."""
-        with contextlib.suppress(FatalError):
-            self._abort()
+        self._producer.purge()
+        with contextlib.suppress(KafkaException):
+            self._producer.abort_transaction(8.0)
+
+    def _send_offsets(self, offsets: list[TopicPartition], group_metadata: object) -> None:
+        """Add the offsets. When the call hangs, the producer is replaced and the transaction rolled back.
+
+        librdkafka's own timeout does not hold while it waits for a coordinator that it knew before a broker restarted
+        (its issues 5456 and 5511): without this the process would stand still for good.
+        """
+        producer, outcome = self._producer, list[Exception | None]()
+
+        def send() -> None:
+            try:
+                producer.send_offsets_to_transaction(offsets, group_metadata, _OFFSETS_SECONDS)
+            except Exception as error:  # noqa: BLE001 - raised again below, on the thread that waits
+                outcome.append(error)
+            else:
+                outcome.append(None)
+
+        thread = threading.Thread(target=send, name="kafka-offsets", daemon=True)
+        thread.start()
+        thread.join(_OFFSETS_SECONDS + 1)
+        if not outcome:
+            self._replace()
+            raise TransactionAborted("_TIMED_OUT")
+        if outcome[0] is not None:
+            raise outcome[0]
+
+    def _replace(self) -> None:
+        """Give the producer up; nothing of its open transaction will ever be visible."""
+        abandoned = [self._producer]
+        # Closing it may take as long as the call that hangs.
+        threading.Thread(target=abandoned.clear, name="kafka-abandoned", daemon=True).start()
+        self._producer = Producer(self._configuration)
+        self._is_open = False
 
     def _produce(self, index: int, output: Output) -> None:
-        arguments: dict[str, Any] = {"headers": output.headers, "on_delivery": self._reporter(output)}
+        arguments: dict[str, Any] = {"headers": output.headers, "on_delivery": self._build_reporter(output)}
         if output.partition is not None:
             arguments["partition"] = output.partition
         while True:
@@ -152,12 +201,14 @@ class Transactor:
                 raise
             return
 
-    def _reporter(self, output: Output) -> Any:
+    def _build_reporter(self, output: Output) -> Any:
+        delivered, errors = self._delivered, self._errors
+
         def report(error: Any, message: Any) -> None:
             if error is None:
-                self._delivered.append((output, message.offset()))
+                delivered.append((output, message.offset()))
             else:
-                self._errors.append((output, error))
+                errors.append((output, error))
 
         return report
 
@@ -206,7 +257,7 @@ class Transactor:
                     f"the producer failed for good ({cause.name()}).", place=self.transactional_id
                 ) from None
             if cause.retriable():
-                raise UndecidedCommit("the abort is not confirmed.", place=self._bootstrap) from None
+                self._replace()
 
 
 class UndecidedCommit(FatalError):
