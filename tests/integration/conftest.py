@@ -29,6 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from runtime.account import balance_books
 from runtime.settings import ensure_secrets, read_settings
 from runtime.stack import EmbeddedStack
+from schemas.failure import TemporaryError
 from topics import provision
 from topics.registry import Registry, register_schemas
 
@@ -172,13 +173,17 @@ class Deployment:
         found = []
 
         def check():
-            found[:] = [self.account()]
+            try:
+                found[:] = [self.account()]
+            except TemporaryError:
+                return False  # a broker that has just come back
             return condition(found[0])
 
         try:
             self.wait_until(check, complaint, timeout)
         except pytest.fail.Exception:
-            pytest.fail(f"{complaint}\n{json.dumps(found[0].build_report(), indent=1)}\n{self.read_logs()}")
+            books = json.dumps(found[0].build_report(), indent=1) if found else "no books"
+            pytest.fail(f"{complaint}\n{books}\n{self.read_logs()}")
         return found[0]
 
     def stop(self, command: str, *, kill: bool = False) -> int:
@@ -260,7 +265,7 @@ class Outside:
                     answers += got
         return answers
 
-    def read_metric(self, role: str, name: str, **labels: str) -> float:
+    def read_metric(self, role: str, name: str, /, **labels: str) -> float:
         """Value of a metric at a role's endpoint; 0 when it is not there."""
         return self.list_metrics(role, name).get(frozenset(labels.items()), 0.0)
 
