@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import ssl
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 import msgspec
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
@@ -86,6 +87,21 @@ class RedisEvicts(ConfigurationError):
     default_remedy = "Set `maxmemory-policy noeviction` (or a `volatile-` policy) and enough memory."
 
 
+class RedisFilesUnusable(ConfigurationError):
+    """The authorities of the server's certificate cannot be used."""
+
+    code = "RS141"
+    meaning = "The file of the certificate authorities of Redis cannot be read."
+    default_remedy = "Correct `redis.ca_location`: PEM, readable by this user."
+
+
+def _check_authorities(file: str) -> None:
+    try:
+        ssl.create_default_context(cafile=file)
+    except (OSError, ssl.SSLError) as error:
+        raise RedisFilesUnusable(f"{type(error).__name__}.", place="redis.ca_location") from None
+
+
 class RedisSettings(Strict):
     """Connection to Redis."""
 
@@ -111,6 +127,13 @@ class RedisSettings(Strict):
             raise ValueError("user, password and options have settings of their own and do not belong into the URL")
         return value
 
+    @model_validator(mode="after")
+    def _protected(self) -> RedisSettings:
+        # Ignored, it would leave a connection open that is thought to be protected.
+        if self.ca_location and not self.url.startswith("rediss://"):
+            raise ValueError("ca_location is given, but url is not rediss://")
+        return self
+
     @property
     def place(self) -> str:
         """Host and port, for messages."""
@@ -128,6 +151,7 @@ class Connection:
     def __init__(self, settings: RedisSettings) -> None:
         tls: dict[str, Any] = {}
         if settings.url.startswith("rediss://") and settings.ca_location:
+            _check_authorities(settings.ca_location)
             tls["ssl_ca_certs"] = settings.ca_location
         password = settings.password.get_secret_value() if settings.password else None
         self.place = settings.place

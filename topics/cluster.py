@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 from pydantic import Field, SecretStr, model_validator
 
-from schemas.failure import TemporaryError
+from schemas.failure import ConfigurationError, TemporaryError
 from schemas.tenancy import Strict
 from telemetry.log import get_log
 
@@ -54,12 +55,31 @@ class KafkaSettings(Strict):
             self.sasl_mechanism and self.sasl_username and self.sasl_password
         ):
             raise ValueError("SASL needs sasl_mechanism, sasl_username and sasl_password")
+        # Ignored, they would leave a connection open that is thought to be protected.
+        if "SASL" not in self.security_protocol and (self.sasl_mechanism or self.sasl_username or self.sasl_password):
+            raise ValueError("sasl_* is given, but security_protocol is not SASL_SSL or SASL_PLAINTEXT")
+        files = (self.ssl_ca_location, self.ssl_certificate_location, self.ssl_key_location)
+        if "SSL" not in self.security_protocol and any(files):
+            raise ValueError("ssl_* is given, but security_protocol is not SASL_SSL or SSL")
         if bool(self.ssl_certificate_location) != bool(self.ssl_key_location):
             raise ValueError("mutual TLS needs both ssl_certificate_location and ssl_key_location")
         return self
 
+    def _check_files(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            if self.ssl_ca_location:
+                context.load_verify_locations(self.ssl_ca_location)
+            if self.ssl_certificate_location and self.ssl_key_location:
+                password = self.ssl_key_password.get_secret_value() if self.ssl_key_password else ""
+                # Without a password here the interpreter would ask for one on the terminal.
+                context.load_cert_chain(self.ssl_certificate_location, self.ssl_key_location, password)
+        except (OSError, ssl.SSLError) as error:
+            raise KafkaFilesUnusable(f"{type(error).__name__}.", place="kafka.ssl_*") from None
+
     def build_client(self, client_id: str) -> dict[str, Any]:
-        """Configuration every librdkafka client shares."""
+        """Configuration every librdkafka client shares. Raises ``KafkaFilesUnusable``."""
+        self._check_files()
         config: dict[str, Any] = {
             "bootstrap.servers": self.bootstrap,
             "client.id": client_id,
@@ -80,6 +100,14 @@ class KafkaSettings(Strict):
             "ssl.key.password": self.ssl_key_password and self.ssl_key_password.get_secret_value(),
         }
         return config | {name: value for name, value in optional.items() if value is not None}
+
+
+class KafkaFilesUnusable(ConfigurationError):
+    """The TLS files of the connection to Kafka cannot be used."""
+
+    code = "RS111"
+    meaning = "A certificate or key file of the connection to Kafka cannot be read, or the two do not belong together."
+    default_remedy = "Correct the files named in `kafka.ssl_*`: PEM, readable by this user."
 
 
 COMPLAINT_SECONDS = 30.0

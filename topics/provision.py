@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
 
-from schemas.failure import FatalError
+from schemas.failure import FatalError, OperatorError
 from topics.cluster import KafkaUnreachable, name_error
 
 if TYPE_CHECKING:
@@ -32,6 +32,30 @@ class PartitionsFrozen(FatalError):
     default_remedy = "Set `worker.partitions` back; growth is a new topic generation after a drain."
 
 
+class ReplicasMissing(FatalError):
+    """A topic has fewer replicas than the catalog's safety needs."""
+
+    code = "RS312"
+    meaning = "A topic has fewer than 3 replicas: with `min.insync.replicas` 2 the next lost broker would stop it."
+    default_remedy = (
+        "Give it 3 replicas with Kafka's `kafka-reassign-partitions`, then run the command again; nothing was changed."
+    )
+
+
+class TopicRefused(FatalError):
+    """The cluster does not take a topic, or its settings, as the catalog wants them."""
+
+    code = "RS313"
+    meaning = "The cluster refuses to create or to configure a topic as the catalog wants it."
+    default_remedy = "Check this user's rights on the cluster and its topic policy, then run the command again."
+
+
+_TOO_FEW_BROKERS = (
+    "Outside the embedded mode each topic has 3 replicas: run the command against a cluster of at least 3 brokers. "
+    "A trial on one machine uses `stack.embedded = true`."
+)
+
+
 def build_configuration(topic: Topic, *, embedded: bool) -> dict[str, str]:
     """The topic's full configuration in this deployment."""
     safety = (
@@ -44,10 +68,13 @@ def build_configuration(topic: Topic, *, embedded: bool) -> dict[str, str]:
 
 
 def apply(kafka: KafkaSettings, topics: Sequence[Topic], *, partitions: int, embedded: bool) -> list[str]:
-    """Create missing topics and set configurations; return what was changed. Raises ``PartitionsFrozen``."""
+    """Create missing topics and set configurations; return what was changed.
+
+    Raises ``PartitionsFrozen`` and ``ReplicasMissing`` before anything was changed; ``TopicRefused`` names the first
+    topic that the cluster does not take.
+    """
     admin = AdminClient(kafka.build_client("remitstream-provision"))
     existing = _list_existing(admin, kafka)
-    changes: list[str] = []
     missing: list[NewTopic] = []
     for topic in topics:
         wanted = topic.partitions or partitions
@@ -62,13 +89,9 @@ def apply(kafka: KafkaSettings, topics: Sequence[Topic], *, partitions: int, emb
             )
         elif existing[topic.name][0] != wanted:
             raise PartitionsFrozen(f"it has {existing[topic.name][0]}, wanted {wanted}.", place=topic.name)
-    for name, future in admin.create_topics(missing, operation_timeout=20).items() if missing else ():
-        try:
-            future.result()
-            changes.append(f"created {name}")
-        except KafkaException as error:
-            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                raise KafkaUnreachable(f"not created ({name_error(error)}).", place=name) from None
+        elif not embedded and existing[topic.name][1] < REPLICATION:
+            raise ReplicasMissing(f"it has {existing[topic.name][1]}, wanted {REPLICATION}.", place=topic.name)
+    changes = _create(admin, missing) if missing else []
     kept = [topic for topic in topics if topic.name in existing]
     for topic, differing in _compare(admin, kafka, kept, embedded=embedded):
         entries = [
@@ -79,7 +102,7 @@ def apply(kafka: KafkaSettings, topics: Sequence[Topic], *, partitions: int, emb
             try:
                 future.result()
             except KafkaException as error:
-                raise KafkaUnreachable(f"not configured ({name_error(error)}).", place=topic.name) from None
+                raise _explain(error, "configured", topic.name) from None
         changes.append(f"configured {topic.name}: {', '.join(sorted(differing))}")
     return changes
 
@@ -103,6 +126,26 @@ def check(kafka: KafkaSettings, topics: Sequence[Topic], *, partitions: int, emb
     for topic, differing in _compare(admin, kafka, kept, embedded=embedded):
         problems.extend(f"{topic.name}: {name} is not {value}" for name, value in sorted(differing.items()))
     return problems
+
+
+def _create(admin: AdminClient, missing: list[NewTopic]) -> list[str]:
+    changes = []
+    for name, future in admin.create_topics(missing, operation_timeout=20).items():
+        try:
+            future.result()
+            changes.append(f"created {name}")
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+                raise _explain(error, "created", name) from None
+    return changes
+
+
+def _explain(error: KafkaException, deed: str, topic: str) -> OperatorError:
+    cause = error.args[0]
+    if cause.retriable() or cause.code() in (KafkaError._TIMED_OUT, KafkaError._TRANSPORT):  # noqa: SLF001
+        return KafkaUnreachable(f"not {deed} ({name_error(error)}).", place=topic)
+    remedy = _TOO_FEW_BROKERS if cause.code() == KafkaError.INVALID_REPLICATION_FACTOR else ""
+    return TopicRefused(f"not {deed} ({name_error(error)}).", place=topic, remedy=remedy)
 
 
 def _list_existing(admin: AdminClient, kafka: KafkaSettings) -> dict[str, tuple[int, int]]:

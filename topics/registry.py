@@ -11,8 +11,9 @@ import ssl
 import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 
 from schemas import wire
 from schemas.failure import ConfigurationError, FatalError, TemporaryError
@@ -51,6 +52,21 @@ class SchemaBreak(FatalError):
     default_remedy = "Give new fields a default, remove none without one; deploy the schema only when the check passes."
 
 
+class RegistryFilesUnusable(ConfigurationError):
+    """The authorities of the registry's certificate cannot be used."""
+
+    code = "RS112"
+    meaning = "The file of the certificate authorities of the schema registry cannot be read."
+    default_remedy = "Correct `registry.ca_location`: PEM, readable by this user."
+
+
+def _build_context(authorities: str) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=authorities)
+    except (OSError, ssl.SSLError) as error:
+        raise RegistryFilesUnusable(f"{type(error).__name__}.", place="registry.ca_location") from None
+
+
 class RegistrySettings(Strict):
     """Connection to a registry with the Confluent API."""
 
@@ -58,6 +74,18 @@ class RegistrySettings(Strict):
     username: str | None = Field(default=None, description="User of HTTP basic log-in.")
     password: SecretStr | None = Field(default=None, description="Password of HTTP basic log-in.")
     ca_location: str | None = Field(default=None, description="PEM file of the certificate authorities.")
+
+    @model_validator(mode="after")
+    def _complete(self) -> RegistrySettings:
+        parts = urlsplit(self.url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("url must be http://host:port/... or https://host:port/...")
+        if bool(self.username) != bool(self.password):
+            raise ValueError("a log-in needs both username and password")
+        # Ignored, it would leave a connection open that is thought to be protected.
+        if self.ca_location and parts.scheme != "https":
+            raise ValueError("ca_location is given, but url is not https://")
+        return self
 
 
 class Registry:
@@ -67,7 +95,7 @@ class Registry:
         self._settings = settings
         self._timeout = timeout
         self._schemas: dict[int, str] = {}
-        self._context = ssl.create_default_context(cafile=settings.ca_location) if settings.ca_location else None
+        self._context = _build_context(settings.ca_location) if settings.ca_location else None
 
     def find_id(self, subject: str, schema: str) -> int | None:
         """Id of exactly this schema under the subject, or None."""
