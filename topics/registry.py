@@ -55,7 +55,7 @@ class SchemaBreak(FatalError):
 class RegistryFilesUnusable(ConfigurationError):
     """The authorities of the registry's certificate cannot be used."""
 
-    code = "RS113"
+    code = "RS115"
     meaning = "The file of the certificate authorities of the schema registry cannot be read."
     default_remedy = "Correct `registry.ca_location`: PEM, readable by this user."
 
