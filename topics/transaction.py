@@ -137,9 +137,9 @@ class Transactor:
             if self._errors:
                 self._raise_delivery_error(outputs)
             self._send_offsets(offsets, group_metadata)
-            self._commit()
         except KafkaException as error:
             self._fail(error)
+        self._commit()
         self._one_by_one = False
         for output, offset in self._delivered:
             output.offset = offset
@@ -228,21 +228,40 @@ class Transactor:
             try:
                 self._producer.commit_transaction(8.0)
             except KafkaException as error:
+                cause = error.args[0]
                 # Retriable means the outcome is open: asking again is the only right thing.
-                if error.args[0].retriable():
+                if cause.retriable():
                     continue
-                raise
+                if cause.txn_requires_abort():
+                    # The coordinator refused to commit. Only a confirmed abort may follow; a new producer would hide
+                    # which of the two it was.
+                    self._confirm_abort()
+                    raise TransactionAborted(cause.name()) from None
+                self._stop_if_over(cause)
+                break
             return
         raise UndecidedCommit("the coordinator does not say whether the transaction stands.", place=self._bootstrap)
 
+    def _confirm_abort(self) -> None:
+        try:
+            self._producer.abort_transaction(8.0)
+        except KafkaException as error:
+            raise UndecidedCommit(
+                f"after a refused commit the abort is not confirmed ({name_error(error)}).", place=self._bootstrap
+            ) from None
+
     def _fail(self, error: KafkaException) -> None:
+        """Roll back what failed before a commit was asked for."""
         cause = error.args[0]
+        self._stop_if_over(cause)
+        self._abort()
+        raise TransactionAborted(cause.name()) from None
+
+    def _stop_if_over(self, cause: KafkaError) -> None:
         if cause.code() in _FENCED:
             raise ProcessFenced("a newer process is running.", place=self.transactional_id) from None
         if cause.fatal():
             raise FatalError(f"the producer failed for good ({cause.name()}).", place=self.transactional_id) from None
-        self._abort()
-        raise TransactionAborted(cause.name()) from None
 
     def _abort(self) -> None:
         self._producer.purge()
@@ -250,12 +269,7 @@ class Transactor:
             self._producer.abort_transaction(8.0)
         except KafkaException as error:
             cause = error.args[0]
-            if cause.code() in _FENCED:
-                raise ProcessFenced("a newer process is running.", place=self.transactional_id) from None
-            if cause.fatal():
-                raise FatalError(
-                    f"the producer failed for good ({cause.name()}).", place=self.transactional_id
-                ) from None
+            self._stop_if_over(cause)
             if cause.retriable():
                 self._replace()
 
