@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.account import NORMALISE_STAGES, TopicScan
 from schemas.events import DeliveryOutcome, Disposition, MoneyEvent, Review, WaitingEntry
-from schemas.failure import OperatorError
+from schemas.failure import FatalError
 from topics import catalog, headers
 from topics.headers import find_header
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Step = dict[str, Any]
 
 
-class IdUnknown(OperatorError):
+class IdUnknown(FatalError):
     """Nothing is known of an id."""
 
     code = "RS370"

@@ -26,6 +26,9 @@ hmac_key = "env:T_HMAC"
 
 [kafka]
 bootstrap = "broker:9092"
+security_protocol = "SASL_SSL"
+sasl_mechanism = "SCRAM-SHA-512"
+sasl_username = "remitstream"
 sasl_password = "env:T_KAFKA"
 
 [registry]
