@@ -10,6 +10,7 @@ Whoever really has a target inside (a hospital's own ERP) names it in the settin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
@@ -21,6 +22,7 @@ from schemas.failure import Failure, FailureKind
 
 _PORTS = {"https": 443, "http": 80}
 _NAT64 = IPv6Network("64:ff9b::/96")
+_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*")
 
 
 class HostRefused(Failure):
@@ -90,7 +92,7 @@ class HostPolicy:
             try:
                 self._networks.append(ip_network(entry))
             except ValueError:
-                if "/" in entry or ":" in entry or not _normalise(entry):
+                if "/" in entry or not _NAME.fullmatch(_normalise(entry)):
                     raise ValueError(f"{entry!r} is not an address, a network or a host name") from None
                 self._names.add(_normalise(entry))
 
@@ -180,7 +182,8 @@ def find_origin(url: str) -> str:
 
 def _find_origin(url: URL) -> Origin:
     host = _normalise(url.raw_host or "")
-    if url.scheme not in _PORTS or not host or url.port is None:
+    readable = _NAME.fullmatch(host) or _read_address(host) is not None
+    if url.scheme not in _PORTS or not readable or url.port is None:
         raise HostRefused(FailureKind.INVALID, "URL_INVALID", "url")
     return Origin(url.scheme, host, url.port)
 

@@ -12,6 +12,7 @@ secrets (a webhook's URL) and PHI (a search for a patient).
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 import urllib.request
@@ -117,6 +118,8 @@ class _TooLong(Exception):
     """The answer is longer than we take."""
 
 
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _REPEATABLE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -277,6 +280,7 @@ class HttpClient:
         """
         if self._session is None:
             raise RuntimeError("HttpClient is an async context manager: use `async with`")
+        _check_request(request)
         flight = _Flight(request.method, before_write)
         token = _flight.set(flight)
         try:
@@ -317,6 +321,13 @@ class HttpClient:
         return HttpResponse(response.status_code, dict(response.headers), bytes(body))
 
 
+def _check_request(request: HttpRequest) -> None:
+    # The library finds these too, but only after the moment that counts as written.
+    names = [request.method, *request.headers]
+    if not all(map(_TOKEN.fullmatch, names)) or any(map(_CONTROL.search, request.headers.values())):
+        raise HttpFailure(FailureKind.INVALID, "REQUEST_INVALID")
+
+
 def _explain(error: Exception, *, written: bool) -> Failure:
     seen = error.__cause__ or error
     cause = type(error).__name__ if seen is error else f"{type(error).__name__}/{type(seen).__name__}"
@@ -325,7 +336,7 @@ def _explain(error: Exception, *, written: bool) -> Failure:
     if isinstance(error, (httpx.InvalidURL, httpx.UnsupportedProtocol)):
         return HttpFailure(FailureKind.INVALID, "URL_INVALID", "url", cause=cause)
     if isinstance(error, (TypeError, ValueError)):
-        # A header with a line break, a method with a blank: it can never be sent.
+        # It can never be sent.
         return HttpFailure(FailureKind.INVALID, "REQUEST_INVALID", cause=cause)
     if not isinstance(error, (TimeoutError, httpx.HTTPError, aiohttp.ClientError, OSError)):
         return HttpFailure(FailureKind.INTERNAL, "EXCEPTION", cause=cause)

@@ -1,5 +1,6 @@
 """The breaker: when calls may begin. A clock only tests move."""
 
+import random
 from itertools import pairwise
 
 import pytest
@@ -285,8 +286,6 @@ TestMachine.settings = settings(max_examples=100, stateful_step_count=30)
 
 def test_the_pauses_of_a_real_outage_are_spread():
     # Full jitter: a hundred instances do not come back together.
-    import random
-
     draw = random.Random(7).random
     breakers = [make(draw=draw) for _ in range(100)]
     for breaker in breakers:

@@ -3,11 +3,15 @@
 import asyncio
 import gzip
 import ssl
+import subprocess
+import traceback
 from contextlib import asynccontextmanager
 
+import httpx
 import pytest
 
-from clients.http import HttpClient, HttpFailure, HttpRequest, HttpResponse
+from clients.hosts import HostPolicy, HostRefused
+from clients.http import HttpClient, HttpFailure, HttpRequest, HttpResponse, Proxies, build_tls
 from schemas.failure import Failure, FailureKind
 
 
@@ -233,3 +237,327 @@ def test_reprs_hide_headers_and_bodies():
     request = HttpRequest("POST", "http://x/", {"Authorization": "s3cret"}, b"s3cret")
     assert "s3cret" not in repr(request)
     assert "s3cret" not in repr(HttpResponse(200, {"a": "s3cret"}, b"s3cret"))
+
+
+async def test_the_last_check_runs_before_the_write_and_stops_it():
+    class Withdrawn(Exception):
+        pass
+
+    async with serving(answer_ok) as fake, HttpClient(max_connections=1) as client:
+        for method, body in (("POST", b"pay"), ("GET", b""), ("PUT", b"x" * 300_000)):
+            # At the first asking, and at the second: with a body there is a turn of the event loop in between.
+            for stop_at in (1, 2) if body else (1,):
+                asked = 0
+
+                def check(stop_at=stop_at):
+                    nonlocal asked
+                    asked += 1
+                    if asked == stop_at:
+                        raise Withdrawn
+
+                before = fake.received
+                with pytest.raises(Withdrawn):
+                    await client.send(HttpRequest(method, fake.url, body=body), deadline=5, before_write=check)
+                assert asked == stop_at
+                assert fake.received == before
+        # The client is whole afterwards, and the check that passes lets the request out once.
+        asked = 0
+
+        def pass_check():
+            nonlocal asked
+            asked += 1
+
+        request = HttpRequest("POST", fake.url, body=b"pay")
+        assert (await client.send(request, deadline=5, before_write=pass_check)).status == 200
+    assert asked == 2
+    assert fake.received.count(b"POST ") == 1
+
+
+async def test_no_check_is_asked_while_a_connection_is_awaited():
+    asked = []
+    server = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    server.close()
+    await server.wait_closed()
+    async with HttpClient() as client:
+        request = HttpRequest("POST", f"http://127.0.0.1:{port}", body=b"x")
+        with pytest.raises(HttpFailure):
+            await client.send(request, deadline=5, before_write=lambda: asked.append(1))
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("method", "times", "outcome"), [("GET", 2, 200), ("PUT", 1, "ANSWER_CUT"), ("DELETE", 1, "ANSWER_CUT")]
+)
+async def test_only_reads_are_sent_again_on_a_connection_found_closed(method, times, outcome):
+    # The kept connection takes the second request and closes without an answer: it may have been worked on.
+    async def answer_first_only(fake, reader, writer):
+        await fake.read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        if fake.connections == 1:
+            await fake.read_request(reader)
+
+    async with serving(answer_first_only) as fake, HttpClient(max_connections=1) as client:
+        await client.send(HttpRequest("POST", fake.url, body=b"first"), deadline=5)
+        try:
+            seen = (await client.send(HttpRequest(method, fake.url + "/again", body=b""), deadline=5)).status
+        except HttpFailure as failure:
+            seen = failure.code if failure.kind is FailureKind.AMBIGUOUS else failure.kind
+    assert seen == outcome
+    assert fake.received.count(b"/again") == times
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_an_endless_answer_is_cut_off(packed):
+    body = gzip.compress(b"0" * 50_000_000) if packed else b"0" * 300_000
+
+    async def flood(fake, reader, writer):
+        await fake.read_request(reader)
+        coding = "Content-Encoding: gzip\r\n" if packed else ""
+        writer.write(f"HTTP/1.1 200 OK\r\n{coding}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+
+    async with serving(flood) as fake:
+        assert await fail(fake.url, longest_answer=200_000) == (FailureKind.AMBIGUOUS, "ANSWER_TOO_LONG")
+
+
+async def test_a_request_that_cannot_be_sent_is_invalid():
+    async with serving(answer_ok) as fake, HttpClient() as client:
+        for request in (
+            HttpRequest("POST", fake.url, {"X-Name": "a\r\nX-Admin: 1"}),
+            HttpRequest("PO ST", fake.url),
+        ):
+            with pytest.raises(HttpFailure) as caught:
+                await client.send(request, deadline=5)
+            assert (caught.value.kind, caught.value.code) == (FailureKind.INVALID, "REQUEST_INVALID")
+    assert not fake.received
+
+
+async def test_a_client_closed_meanwhile_is_no_fault_of_the_record():
+    async with HttpClient() as client:
+        await client._session.close()
+        with pytest.raises(HttpFailure) as caught:
+            await client.send(HttpRequest("POST", "http://127.0.0.1:1/"), deadline=5)
+    assert (caught.value.kind, caught.value.code) == (FailureKind.UNAVAILABLE, "CLIENT_CLOSED")
+
+
+SECRET = "s3cret-Doe-19700101"
+
+
+async def test_nothing_of_a_request_or_answer_is_logged_or_in_failures(caplog):
+    async def garble(fake, reader, writer):
+        await fake.read_request(reader)
+        writer.write(f"HTTP/1.1 2x0 {SECRET}\r\n{SECRET}\r\n\r\n{SECRET}".encode())
+        await writer.drain()
+
+    async def hang(fake, reader, _writer):
+        await fake.read_request(reader)
+        await reader.read()
+
+    shown = []
+    caplog.set_level("DEBUG")
+    asyncio.get_running_loop().set_debug(True)
+    for script in (answer_ok, garble, hang):
+        async with serving(script) as fake, HttpClient() as client:
+            request = HttpRequest(
+                "POST", f"{fake.url}/{SECRET}?name={SECRET}", {"Authorization": SECRET}, SECRET.encode()
+            )
+            shown.append(repr(request))
+            try:
+                shown.append(repr(await client.send(request, deadline=0.3)))
+            except HttpFailure as failure:
+                shown += traceback.format_exception(failure)
+                shown += [repr(failure), failure.cause]
+    with pytest.raises(HttpFailure) as caught:
+        async with HttpClient() as client:
+            await client.send(HttpRequest("POST", f"http://{SECRET}:99999/"), deadline=1)
+    shown += traceback.format_exception(caught.value)
+    assert len(shown) > 8
+    # Lines of this file's source in tracebacks hold the name, never the value.
+    assert not [line for line in shown if SECRET in line]
+    assert SECRET not in caplog.text
+    assert caplog.records
+
+
+class Tunnel:
+    """A proxy: forwards plain requests, tunnels CONNECT; remembers the request lines and headers it was sent."""
+
+    def __init__(self, refuse=False):
+        self.refuse = refuse
+        self.heads = []
+
+    async def handle(self, reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.heads.append(head)
+        method, target, _ = head.split(b"\r\n")[0].split(b" ")
+        if self.refuse:
+            writer.write(b"HTTP/1.1 407 Log in\r\nContent-Length: 0\r\n\r\n")
+            await writer.drain()
+            writer.close()
+            return
+        if method == b"CONNECT":
+            host, port = target.decode().split(":")
+            onward_reader, onward = await asyncio.open_connection(host, int(port))
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+
+            async def pump(source, sink):
+                while data := await source.read(65536):
+                    sink.write(data)
+                sink.close()
+
+            await asyncio.gather(pump(reader, onward), pump(onward_reader, writer), return_exceptions=True)
+        else:
+            writer.write(b"HTTP/1.1 203 Proxied\r\nContent-Length: 0\r\n\r\n")
+            await writer.drain()
+            writer.close()
+
+
+@asynccontextmanager
+async def proxying(**options):
+    tunnel = Tunnel(**options)
+    server = await asyncio.start_server(tunnel.handle, "127.0.0.1", 0)
+    async with server:
+        tunnel.port = server.sockets[0].getsockname()[1]
+        tunnel.url = f"http://127.0.0.1:{tunnel.port}"
+        yield tunnel
+
+
+async def test_the_environment_alone_sets_no_proxy(monkeypatch):
+    async with serving(answer_ok) as fake, proxying() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        async with HttpClient() as client:
+            assert (await client.send(HttpRequest("GET", fake.url), deadline=5)).status == 200
+        assert not proxy.heads
+        # The control: asked for, the same variable does.
+        async with HttpClient(proxies=Proxies.read_environment()) as client:
+            assert (await client.send(HttpRequest("GET", fake.url), deadline=5)).status == 203
+        assert proxy.heads
+
+
+async def test_a_netrc_file_is_not_read(tmp_path, monkeypatch):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login a password b\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    async with serving(answer_ok) as fake, HttpClient() as client:
+        await client.send(HttpRequest("GET", fake.url), deadline=5)
+    assert b"authorization" not in fake.received.lower()
+
+
+def test_proxies_by_scheme_and_exceptions():
+    proxies = Proxies(
+        http="http://p:1", https="http://p:2", bypass="direct.example, .inner.example,*.star.example,h:81"
+    )
+    chosen = {
+        url: proxies.choose(httpx.URL(url))
+        for url in (
+            "http://a.example/", "https://a.example/", "https://direct.example/", "https://sub.direct.example/",
+            "https://x.inner.example/", "https://notdirect.example/", "https://y.star.example/", "http://h:81/", "http://h/",
+        )
+    }  # fmt: skip
+    assert list(chosen.values()) == ["http://p:1", "http://p:2", "", "", "", "http://p:2", "", "", "http://p:1"]
+    assert Proxies(https="http://p:2", bypass="*").choose(httpx.URL("https://a.example")) == ""
+    assert "p:2" not in repr(proxies)
+
+
+def test_proxies_of_the_environment(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    assert Proxies.read_environment() == Proxies()
+    monkeypatch.setenv("HTTPS_PROXY", "http://p:2")
+    monkeypatch.setenv("ALL_PROXY", "http://p:3")
+    monkeypatch.setenv("NO_PROXY", "x.example")
+    assert Proxies.read_environment() == Proxies(http="http://p:3", https="http://p:2", bypass="x.example")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """A server's own certificate for 127.0.0.1, which nobody else trusts."""
+    folder = tmp_path_factory.mktemp("tls")
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "2", "-subj", "/CN=receiver", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command += ["-keyout", str(folder / "key.pem"), "-out", str(folder / "certificate.pem")]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@asynccontextmanager
+async def serving_tls(script, certificates, *, mutual=False):
+    fake = RawServer(script)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates / "certificate.pem", certificates / "key.pem")
+    if mutual:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(certificates / "certificate.pem")
+    server = await asyncio.start_server(fake.handle, "127.0.0.1", 0, ssl=context)
+    async with server:
+        fake.url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield fake
+
+
+async def test_a_hospital_s_own_authority_is_trusted_when_named(certificates):
+    async with serving_tls(answer_ok, certificates) as fake:
+        assert await fail(fake.url) == (FailureKind.UNAVAILABLE, "TLS_FAILED")
+        async with HttpClient(tls=build_tls(certificates / "certificate.pem")) as client:
+            assert (await client.send(HttpRequest("POST", fake.url, body=b"pay"), deadline=5)).status == 200
+    assert fake.received.count(b"pay") == 1
+
+
+async def test_mutual_tls(certificates):
+    own = certificates / "certificate.pem"
+    tls = build_tls(own, own, certificates / "key.pem")
+    async with serving_tls(answer_ok, certificates, mutual=True) as fake, HttpClient(tls=tls) as client:
+        assert (await client.send(HttpRequest("POST", fake.url, body=b"pay"), deadline=5)).status == 200
+    assert fake.received.count(b"pay") == 1
+
+
+def test_tls_files_that_cannot_be_used(tmp_path, certificates):
+    with pytest.raises(OSError):
+        build_tls(tmp_path / "absent.pem")
+    with pytest.raises(ssl.SSLError):
+        build_tls(certificates / "key.pem")
+
+
+async def test_a_tunnel_keeps_the_knowledge_of_what_left(certificates):
+    async def hang(fake, reader, _writer):
+        await fake.read_request(reader)
+        await reader.read()
+
+    tls, asked = build_tls(certificates / "certificate.pem"), []
+    async with serving_tls(hang, certificates) as fake, proxying() as proxy, proxying(refuse=True) as refusing:
+        for port, expected in (
+            (proxy.port, (FailureKind.AMBIGUOUS, "NO_ANSWER")),
+            (refusing.port, (FailureKind.UNAVAILABLE, "PROXY_FAILED")),
+            (1, (FailureKind.UNAVAILABLE, "PROXY_FAILED")),
+        ):
+            proxies = Proxies(https=f"http://user:pass@127.0.0.1:{port}")
+            async with HttpClient(tls=tls, proxies=proxies) as client:
+                request = HttpRequest("POST", fake.url + "/x", {"Authorization": "s3cret"}, b"pay")
+                with pytest.raises(HttpFailure) as caught:
+                    await client.send(request, deadline=1, before_write=lambda port=port: asked.append(port))
+            assert (caught.value.kind, caught.value.code) == expected
+    # The proxy's own CONNECT is not the request's write.
+    assert set(asked) == {proxy.port}
+    assert proxy.heads[0].startswith(b"CONNECT 127.0.0.1:")
+    assert b"s3cret" not in proxy.heads[0]
+    assert b"Proxy-Authorization: Basic" in proxy.heads[0]
+
+
+async def test_the_policy_holds_behind_a_proxy_and_spares_the_proxy_itself():
+    async with serving(answer_ok) as fake, proxying() as proxy:
+        name = f"http://localhost:{proxy.port}"
+        policy = HostPolicy(["http://api.example.com", fake.url])
+        async with HttpClient(policy=policy, proxies=Proxies(http=name)) as client:
+            assert (await client.send(HttpRequest("GET", "http://api.example.com/"), deadline=5)).status == 203
+            for url in ("http://evil.example/", fake.url):
+                with pytest.raises(HostRefused):
+                    await client.send(HttpRequest("GET", url), deadline=5)
+        assert len(proxy.heads) == 1
+        # What bypasses the proxy is looked up here, and judged.
+        policy = HostPolicy([name])
+        async with HttpClient(policy=policy, proxies=Proxies(http="http://127.0.0.1:1", bypass="localhost")) as client:
+            with pytest.raises(HostRefused) as caught:
+                await client.send(HttpRequest("GET", name), deadline=5)
+    assert caught.value.code == "ADDRESS_REFUSED"
