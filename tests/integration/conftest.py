@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import Consumer, KafkaError, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, ConfigResource
 from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.account import balance_books
@@ -97,6 +97,14 @@ class Deployment:
 
     def provision(self) -> None:
         """Delete every topic and make the catalog's anew: topic ids differ, so local state cannot be mistaken."""
+        self.delete_topics()
+        provision.apply(
+            self.settings.kafka, self.settings.topics, partitions=self.settings.worker.partitions, embedded=True
+        )
+        register_schemas(Registry(self.settings.registry), self.settings.topics)
+
+    def delete_topics(self) -> None:
+        """Delete every topic and group of the broker."""
         admin = AdminClient({"bootstrap.servers": self.settings.kafka.bootstrap})
         names = [name for name in admin.list_topics(timeout=10).topics if not name.startswith("__")]
         for future in admin.delete_topics(names, operation_timeout=20).values() if names else ():
@@ -109,10 +117,6 @@ class Deployment:
         for future in admin.delete_consumer_groups(groups).values() if groups else ():
             with contextlib.suppress(Exception):
                 future.result()
-        provision.apply(
-            self.settings.kafka, self.settings.topics, partitions=self.settings.worker.partitions, embedded=True
-        )
-        register_schemas(Registry(self.settings.registry), self.settings.topics)
 
     def start(self, command: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen:
         """Start a role (``receive``, ``listen``, ``project``, ``worker``, ``deliver``, ``sandbox``) as a process."""
@@ -311,6 +315,20 @@ class Outside:
     def list_topics(self) -> list[str]:
         """Every topic of the deployment."""
         return [topic.name for topic in self.deployment.settings.topics]
+
+    def list_configurations(self) -> dict[str, tuple[int, dict[str, str]]]:
+        """Partition count and settings of every topic on the broker."""
+        admin = AdminClient({"bootstrap.servers": self.deployment.settings.kafka.bootstrap})
+        topics = {name: t for name, t in admin.list_topics(timeout=20).topics.items() if not name.startswith("__")}
+        resources = {name: ConfigResource(ConfigResource.Type.TOPIC, name) for name in topics}
+        found = admin.describe_configs(list(resources.values())) if resources else {}
+        return {
+            resource.name: (
+                len(topics[resource.name].partitions),
+                {name: entry.value for name, entry in future.result().items()},
+            )
+            for resource, future in found.items()
+        }
 
     def _open_reader(self):
         return Consumer(

@@ -78,6 +78,9 @@ class Site:
             f"{role} does not say {text}",
         )
 
+    def read_log(self, command):
+        return (self.deployment.folder / f"{command}.log").read_text("utf-8")
+
     def await_all_ready(self):
         for role in ROLES.values():
             self.deployment.await_ready(role)
@@ -142,6 +145,8 @@ def test_kafka_away(site):
     for role in ROLES.values():
         site.deployment.wait_until(lambda role=role: not site.deployment.is_ready(role), f"{role} says it is ready")
     site.check_alive()
+    # Its clients try to connect twenty times a second; the log tells it once.
+    assert 1 <= site.read_log("receive").count("connection_trouble") < 20
 
     site.stack.start("kafka")
     site.await_all_ready()
