@@ -66,7 +66,7 @@ class TokenBucket:
 
     A plain bucket lets a full burst and a full window's refill through in one window, twice the limit when both are
     the vendor's number. Here the refill is what the window has left beside the burst. Counted in whole nanoseconds:
-    no rounding adds a call. A clock that goes back stands still.
+    no rounding adds a call. A clock that goes back gives nothing.
     """
 
     def __init__(self, rate: Rate) -> None:
@@ -74,17 +74,16 @@ class TokenBucket:
         refills = rate.calls - rate.burst + 1
         self._interval = math.ceil(rate.seconds * _NANO / refills)
         self._slack = (rate.burst - 1) * self._interval
-        self._latest = -(10**30)
         self._full_at = -(10**30)
         """When the bucket is full again, in nanoseconds."""
 
     def measure_wait(self, now: float) -> float:
         """Seconds until a call may begin; 0 when it may begin now."""
-        return max(0, self._full_at - self._slack - self._tick(now)) / _NANO
+        return max(0, self._full_at - self._slack - _tick(now)) / _NANO
 
     def take(self, now: float) -> bool:
         """Take a token for one call; False when there is none."""
-        tick = self._tick(now)
+        tick = _tick(now)
         if self._full_at - self._slack > tick:
             return False
         self._full_at = max(self._full_at, tick) + self._interval
@@ -93,11 +92,11 @@ class TokenBucket:
     def drain(self, now: float, pause: float = 0.0) -> None:
         """The target said RATE_LIMITED: no token for ``pause`` seconds, and no burst after them."""
         held = max(self._interval, math.ceil(pause * _NANO))
-        self._full_at = max(self._full_at, self._tick(now) + held + self._slack)
+        self._full_at = max(self._full_at, _tick(now) + held + self._slack)
 
-    def _tick(self, now: float) -> int:
-        self._latest = max(self._latest, int(now * _NANO))
-        return self._latest
+
+def _tick(now: float) -> int:
+    return int(now * _NANO)
 
 
 class RateLimiter:

@@ -348,6 +348,15 @@ class TestRenewing:
         assert {(response.status, generation) for response, generation in seen} == {(201, 2)}
         assert len(issuer.asked) == 2
 
+    async def test_who_is_refused_late_gets_the_token_that_is_there_by_then(self, clock):
+        issuer = Issuer(clock)
+        credential = make_client_credentials(issuer, clock)
+        old = await credential.authorise()
+        clock.now += 600
+        assert (await credential.renew(old)).generation == 2
+        assert (await credential.renew(old)).generation == 2
+        assert len(issuer.asked) == 2
+
     async def test_a_fresh_token_that_is_refused_is_refused(self, clock):
         issuer = Issuer(clock)
         credential = make_client_credentials(issuer, clock)

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import shutil
 import ssl
 import subprocess
 import traceback
@@ -475,6 +476,8 @@ def test_proxies_of_the_environment(monkeypatch):
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
     """A server's own certificate for 127.0.0.1, which nobody else trusts."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command")
     folder = tmp_path_factory.mktemp("tls")
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     command += ["-days", "2", "-subj", "/CN=receiver", "-addext", "subjectAltName=IP:127.0.0.1"]
