@@ -2,7 +2,7 @@
 
 SHELL = /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check reset
+.PHONY: help setup run test check bench reset
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -63,6 +63,9 @@ check: $(STAMP) ## Check format, lint, types, import rules and generated documen
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 	@.venv/bin/remitstream tables --check
+
+bench: $(STAMP) ## Measure the worker beside other stream libraries, about 15 minutes on a quiet machine (ARGS=...)
+	@$(PY) -m bench $(ARGS)
 
 reset: ## Stop the embedded stack and remove all data of it (the download cache stays)
 	@if [ -x $(PY) ] && [ -d .remitstream/stack ]; then \

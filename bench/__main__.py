@@ -1,0 +1,253 @@
+"""Run the bench: ``python -m bench``. Prints a table, writes ``bench/results/latest.json``."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.ground import RAW, ROOT, SMALL_RAW, BenchBroken, Ground
+from bench.latency import measure_latency
+from bench.meter import build_ratios
+from bench.outputs import WrongOutput
+from bench.profiler import record_profile, write_summary
+from bench.scenario import Run
+from bench.scenarios import SCENARIOS, ours_full, ours_mapping
+from bench.webhooks import Traffic
+
+RESULTS = Path(__file__).with_name("results")
+LATENCY_SECONDS = 20.0
+PROFILED = 200_000
+"""Events of a profiled run."""
+REDPANDA_CONNECT = 100.0
+"""CPU seconds per million of the same mapping, measured once by hand on this kind of machine; quoted, not run."""
+
+FLOORS = {
+    "cpu_per_event_vs_kafka_streams": (1.0, 0.8),
+    "cpu_per_event_vs_quixstreams": (0.5, None),
+    "cpu_per_event_vs_faust": (0.04, None),
+    "full_cpu_per_event_vs_kafka_streams": (None, 1.0),
+}
+"""Largest ratio of the floor and of the goal."""
+
+
+def main() -> int:
+    """Exit code: 0 when every contender that ran wrote the right output, 1 otherwise."""
+    options = parse_options()
+    console = Console(width=130)
+    report = describe_machine(options)
+    console.print(f"[dim]load at start: {report['load_at_start']}, {report['processors']} processors[/dim]")
+    traffic = Traffic(max(options.events, options.faust_events) + int(options.latency_seconds * 200_000), options.seed)
+    results: dict[str, dict[str, Any]] = {}
+    report["results"] = results
+    with Ground(traffic) as ground:
+        bench = Bench(ground, options, console, report)
+        bench.execute()
+        report["load_at_end"] = [round(value, 2) for value in os.getloadavg()]
+        bench.save()
+    print_table(console, report)
+    console.print(f"written: {options.out}")
+    return 1 if any("error" in result for result in results.values()) else 0
+
+
+def parse_options() -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of the stream worker.")
+    parser.add_argument("--events", type=int, default=1_000_000, help="events for all but Faust (default 1000000)")
+    parser.add_argument("--faust-events", type=int, default=20_000, help="events for Faust (default 20000)")
+    parser.add_argument("--seed", type=int, default=1)
+    names = [scenario.name for scenario in SCENARIOS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="run these only")
+    parser.add_argument("--no-scaling", action="store_true", help="leave out the runs with 1/4 and 1/2 of the events")
+    parser.add_argument("--latency-seconds", type=float, default=LATENCY_SECONDS, help="0 leaves latency out")
+    parser.add_argument("--profile", action="store_true", help="also profile the worker (in runs of their own)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "latest.json")
+    options = parser.parse_args()
+    if not 8_000 <= options.events <= 4_000_000 or not 1_000 <= options.faust_events <= options.events:
+        parser.error("--events must be 8000 to 4000000, --faust-events 1000 to that number")
+    if not 0 <= options.latency_seconds <= 120:
+        parser.error("--latency-seconds must be 0 to 120")
+    return options
+
+
+def describe_machine(options: argparse.Namespace) -> dict[str, Any]:
+    """Where, when and on what this runs."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "schemas", "streams", "topics", "identity", "runtime", "telemetry"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
+        "machine": f"{platform.system()} {platform.machine()}, {read_processor()}",
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "load_at_start": [round(value, 2) for value in os.getloadavg()],
+        "events": options.events,
+        "quoted": {"redpanda_connect_cpu_per_million": REDPANDA_CONNECT},
+    }
+
+
+def read_processor() -> str:
+    """Name of the processor, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+class Bench:
+    """One run of everything that was chosen; figures go into the report as they come."""
+
+    def __init__(self, ground: Ground, options: argparse.Namespace, console: Console, report: dict[str, Any]) -> None:
+        self._ground = ground
+        self._options = options
+        self._console = console
+        self._report = report
+
+    def execute(self) -> None:
+        """Every contender on the same whole log, then latency, then ours again on shorter logs, then profiles."""
+        only, events = self._options.only, self._options.events
+        self._ground.load(RAW, events)
+        for scenario in SCENARIOS:
+            if scenario.name not in only:
+                continue
+            if scenario.small:
+                self._ground.create_topic(SMALL_RAW)
+                self._ground.load(SMALL_RAW, self._options.faust_events)
+            self._report["results"][scenario.name] = self._measure(scenario)
+            self.save()
+        full = self._report["results"].get("full", {})
+        if "events_per_second" in full:
+            if self._options.latency_seconds:
+                self._measure_latency(full["events_per_second"] / 2)
+            if not self._options.no_scaling:
+                self._scale(full)
+        if self._options.profile:
+            self._profile()
+
+    def _measure_latency(self, rate: float) -> None:
+        self._tell(f"latency at half load, {rate:.0f} events/s")
+        seconds = self._options.latency_seconds
+        try:
+            latency = measure_latency(self._ground, ours_full.SCENARIO, rate=rate, seconds=seconds)
+        except BenchBroken as error:
+            latency = {"error": str(error)}
+            self._console.print(f"[red]latency: {error}[/red]")
+        self._report["latency"] = latency
+        self.save()
+
+    def _scale(self, full: dict[str, Any]) -> None:
+        """Ours with a quarter and half of the events, beside the whole: CPU per event should not grow."""
+        events = self._options.events
+        scaling = self._report["scaling"] = {}
+        self._empty_log()
+        for part in (4, 2):
+            self._ground.load(RAW, events // part)
+            scaling[str(events // part)] = self._measure(ours_full.SCENARIO)
+            self.save()
+        scaling[str(events)] = full
+
+    def _empty_log(self) -> None:
+        self._ground.wipe(raw=True)
+        self._ground.forget_log(RAW)
+
+    def save(self) -> None:
+        """Write what is known so far: an interrupted run is not lost."""
+        out = self._options.out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._report["ratios"] = build_ratios(self._report["results"])
+        self._report.update(self._report["ratios"])
+        out.write_text(json.dumps(self._report, indent=1) + "\n", "utf-8")
+
+    def _measure(self, scenario: Any) -> dict[str, Any]:
+        self._tell(scenario.title)
+        try:
+            if scenario.output:
+                self._ground.wipe()
+            figures = Run(self._ground, scenario).execute()
+        except (WrongOutput, BenchBroken) as error:
+            self._console.print(f"[red]{scenario.name}: {error}[/red]")
+            return {"title": scenario.title, "error": f"{type(error).__name__}: {error}"}
+        self._tell(
+            f"  {figures['events']} events right, {figures['events_per_second']:.0f}/s, "
+            f"{figures['cpu_per_million']:.1f} CPU s per million"
+        )
+        return figures
+
+    def _profile(self) -> None:
+        RESULTS.mkdir(exist_ok=True)
+        self._empty_log()
+        self._ground.load(RAW, min(PROFILED, self._options.events))
+        for scenario in (ours_full.SCENARIO, ours_mapping.SCENARIO):
+            self._tell(f"profile: {scenario.title}")
+            folded = self._ground.folder / f"{scenario.name}.folded"
+            self._ground.wipe()
+            Run(self._ground, scenario, observe=lambda pid, target=folded: record_profile(pid, target)).execute()
+            summary = write_summary(folded.read_text("utf-8"))
+            (RESULTS / f"profile-{scenario.name}.txt").write_text(summary, "utf-8")
+
+    def _tell(self, text: str) -> None:
+        now = dt.datetime.now(dt.UTC).strftime("%H:%M:%S")
+        self._console.print(f"[dim]{now}[/dim] {text}")
+
+
+def print_table(console: Console, report: dict[str, Any]) -> None:
+    """All figures for people."""
+    table = Table(title=f"CPU per million events, warm ({report['commit'][:12]}, {report['date']})")
+    table.add_column("contender")
+    for name in ("events", "events/s", "CPU s/M", "whole run", "broker", "Redis", "peak MiB"):
+        table.add_column(name, justify="right")
+    rows = list(report["results"].items())
+    rows += [(f"full, {count}", figures) for count, figures in report.get("scaling", {}).items()]
+    for title, figures in rows:
+        if "error" in figures:
+            table.add_row(title, *["failed"] * 7)
+            continue
+        table.add_row(
+            title,
+            str(figures["events"]),
+            f"{figures['events_per_second']:.0f}",
+            f"{figures['cpu_per_million']:.1f}",
+            f"{figures['whole_run']['cpu_per_million']:.1f}",
+            f"{figures['broker_cpu_per_million']:.1f}",
+            f"{figures['redis_cpu_per_million']:.1f}",
+            f"{figures['peak_rss_mib']:.0f}",
+        )
+    table.add_row("Redpanda Connect (quoted)", "", "", f"{REDPANDA_CONNECT:.0f}", "", "", "", "")
+    console.print(table)
+    latency = report.get("latency")
+    if latency is not None and "error" not in latency:
+        console.print(
+            f"latency at {latency['events_per_second']:.0f} events/s: p50 {latency['p50_ms']:.0f} ms, "
+            f"p99 {latency['p99_ms']:.0f} ms, largest {latency['max_ms']:.0f} ms"
+        )
+    for name, ratio in report["ratios"].items():
+        floor, goal = FLOORS.get(name, (None, None))
+        console.print(f"{name}: {ratio:.3f}{judge(ratio, floor, 'floor')}{judge(ratio, goal, 'goal')}")
+
+
+def judge(ratio: float, limit: float | None, name: str) -> str:
+    """How a ratio stands to a limit, in words."""
+    if limit is None:
+        return ""
+    return f"  {name} {limit:g} {'met' if ratio <= limit else 'MISSED'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

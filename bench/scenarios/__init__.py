@@ -1,0 +1,19 @@
+"""The contenders, one a file, in the order in which they run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bench.scenarios import faust_stock, kafka_streams, ours_full, ours_mapping, passthrough, quix
+
+if TYPE_CHECKING:
+    from bench.scenario import Scenario
+
+SCENARIOS: tuple[Scenario, ...] = (
+    ours_full.SCENARIO,
+    ours_mapping.SCENARIO,
+    kafka_streams.SCENARIO,
+    quix.SCENARIO,
+    faust_stock.SCENARIO,
+    passthrough.SCENARIO,
+)
