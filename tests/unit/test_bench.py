@@ -1,0 +1,183 @@
+"""The bench's own judgement: a wrong output must not get a number, and the arithmetic of the table is right."""
+
+import importlib.util
+import io
+import json
+import re
+import struct
+from pathlib import Path
+
+import fastavro
+import pytest
+
+from bench.meter import Mark, build_ratios, compare_marks, compare_threads, find_percentile
+from bench.outputs import SCHEMA, Checker, WrongOutput, parse_schema
+from bench.profiler import sum_up
+from bench.webhooks import Traffic, expect_event, expect_headers, read_number
+
+PROGRAMS = Path(__file__).parents[2] / "bench" / "programs"
+COUNT = 20
+HOPS = [(number % 4, number // 4) for number in range(COUNT)]
+TRAFFIC = Traffic(COUNT)
+FRAME = struct.pack(">bI", 0, 7)
+
+
+def build_checker():
+    return Checker(TRAFFIC, HOPS, topic_id="topic", mapping_version="stripe/1/x", schema_id=7)
+
+
+def build_records(change=lambda number, event: None, *, enriched=False):
+    """What a contender without fault writes; ``change`` spoils an event before it is encoded."""
+    records = []
+    for number, (partition, offset) in enumerate(HOPS):
+        event = expect_event(
+            TRAFFIC.draw(number),
+            hop=f"topic:{partition}:{offset}",
+            mapping_version="stripe/1/x",
+            enriched=enriched,
+        )
+        key, headers = event["root"].encode(), expect_headers(event)
+        change(number, event)
+        out = io.BytesIO()
+        fastavro.schemaless_writer(out, parse_schema(), event)
+        records.append((key, FRAME + out.getvalue(), headers))
+    return records
+
+
+def spoil(field, value, at=3):
+    def change(number, event):
+        if number == at:
+            event[field] = value
+
+    return change
+
+
+@pytest.mark.parametrize("enriched", [False, True])
+def test_the_right_output_passes(enriched):
+    assert build_checker().check_events(build_records(enriched=enriched), enriched=enriched) == COUNT
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (spoil("money", {"minor": 1, "currency": "USD", "exponent": 2}), "event 3 differs in money"),
+        (spoil("event_id", "0" * 32), "event 3 differs in event_id"),
+        (spoil("root", "north-card/pi_other"), "event 3 differs in root"),
+        (spoil("origin", "topic:0:999"), "event 3 differs in origin"),
+        (spoil("mrn", {"authority": "NORTH", "id_type": "MR", "value": "other"}), "event 3 differs in mrn"),
+        (spoil("object_id", "pi_3Rb00000000000000000004"), "event 4 differs"),
+        (spoil("object_id", "pi_3Rb00000000000000000099"), "event 99 was never sent"),
+    ],
+)
+def test_a_wrong_event_fails_the_contender(change, complaint):
+    with pytest.raises(WrongOutput, match=re.escape(complaint)):
+        build_checker().check_events(build_records(change), enriched=False)
+
+
+def test_an_event_without_its_mrn_fails_the_full_path():
+    with pytest.raises(WrongOutput, match="differs in mrn"):
+        build_checker().check_events(build_records(enriched=False), enriched=True)
+
+
+def test_a_missing_and_a_repeated_event_fail_the_contender():
+    records = build_records()
+    with pytest.raises(WrongOutput, match="1 events are missing, event 5 first"):
+        build_checker().check_events(records[:5] + records[6:], enriched=False)
+    with pytest.raises(WrongOutput, match="event 5 came twice"):
+        build_checker().check_events([*records, records[5]], enriched=False)
+
+
+def test_a_wrong_key_header_or_frame_fails_the_contender():
+    (key, value, headers), *rest = build_records()
+    for spoilt in ((b"other", value, headers), (key, value, headers[1:]), (key, b"\0\0\0\0\x08" + value[5:], headers)):
+        with pytest.raises(WrongOutput):
+            build_checker().check_events([spoilt, *rest], enriched=False)
+
+
+def test_a_copy_must_be_the_same_bytes():
+    copies = []
+    for number in range(COUNT):
+        fact = TRAFFIC.draw(number)
+        copies.append((fact.root.encode(), TRAFFIC.write_body(fact), []))
+    assert build_checker().check_copies(copies) == COUNT
+    key, value, headers = copies[2]
+    copies[2] = (key, value.replace(b'"livemode":false', b'"livemode":true'), headers)
+    with pytest.raises(WrongOutput, match="record 2 was changed"):
+        build_checker().check_copies(copies)
+
+
+def test_the_mapping_of_the_python_contenders_gives_the_expected_events():
+    spec = importlib.util.spec_from_file_location("bench_canonical", PROGRAMS / "canonical.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    mapper = module.Mapper({"schema": str(SCHEMA), "schema_id": 7, "mapping_version": "stripe/1/x", "raw_id": "topic"})
+    records = []
+    for number, (partition, offset) in enumerate(HOPS):
+        fact = TRAFFIC.draw(number)
+        body = TRAFFIC.write_body(fact)
+        records.append(mapper.map(body, TRAFFIC.write_headers(fact, body), partition, offset))
+    assert build_checker().check_events(records, enriched=False) == COUNT
+
+
+def test_a_webhook_is_json_of_the_size_it_claims_and_a_longer_log_begins_the_same():
+    longer = Traffic(COUNT * 3)
+    for number in range(COUNT):
+        body = TRAFFIC.write_body(TRAFFIC.draw(number))
+        assert body == longer.write_body(longer.draw(number))
+        intent = json.loads(body)["data"]["object"]
+        assert intent["amount"] == intent["amount_received"] == TRAFFIC.draw(number).minor
+        assert read_number(intent["id"]) == number
+        assert 1_150 <= len(body) <= 1_300
+    assert Traffic(COUNT, seed=2).draw(0) != TRAFFIC.draw(0)
+
+
+def test_rates_are_those_between_the_readings():
+    first = Mark(10.0, 1_000, 2.0, 5.0, 0.5, {"a": 1.0, "b": 1.0})
+    last = Mark(12.0, 5_000, 2.2, 5.1, 0.5, {"a": 1.2, "b": 1.0, "c": 0.4})
+    assert compare_marks(first, last) == pytest.approx(
+        {
+            "events_per_second": 2_000,
+            "cpu_per_million": 50,
+            "broker_cpu_per_million": 25,
+            "redis_cpu_per_million": 0,
+        }
+    )
+    assert compare_threads(first, last) == {"c": 100.0, "a": 50.0}
+    with pytest.raises(ValueError, match="nothing happened"):
+        compare_marks(last, last)
+
+
+def test_percentiles_are_of_the_nearest_rank():
+    values = [float(number) for number in range(1, 101)]
+    assert find_percentile(values, 0.5) == 50
+    assert find_percentile(values, 0.99) == 99
+    assert find_percentile(values, 1.0) == 100
+    assert find_percentile([7.0], 0.99) == 7
+    with pytest.raises(ValueError, match="no values"):
+        find_percentile([], 0.5)
+
+
+def test_ratios_leave_out_contenders_without_a_result():
+    results = {
+        "full": {"cpu_per_million": 30.0},
+        "mapping": {"cpu_per_million": 20.0},
+        "kafka-streams": {"cpu_per_million": 25.0},
+        "quixstreams": {"error": "WrongOutput"},
+        "passthrough": {"cpu_per_million": 10.0},
+    }
+    assert build_ratios(results) == pytest.approx(
+        {
+            "cpu_per_event_vs_kafka_streams": 0.8,
+            "full_cpu_per_event_vs_kafka_streams": 1.2,
+            "passthrough_ratio": 3.0,
+            "mapping_passthrough_ratio": 2.0,
+        }
+    )
+
+
+def test_a_profile_is_summed_up_by_function():
+    folded = "thread 1;main (a.py:1);work (b.py:3) 3\nthread 1;main (a.py:2);main (a.py:9) 1\n"
+    total, own, whole = sum_up(folded)
+    assert total == 4
+    assert own == {"work (b.py)": 3, "main (a.py)": 1}
+    assert whole == {"main (a.py)": 4, "work (b.py)": 3}
