@@ -8,6 +8,7 @@ await batch.commit(decision)
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class Batch:
     refused: frozenset[str]
     """Hops whose outputs the broker did not take at the last attempt."""
     feeder: Feeder
+    begun: float = field(default_factory=time.perf_counter)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def commit(self, decision: Decision) -> bool:

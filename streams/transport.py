@@ -76,6 +76,7 @@ class Feeder:
         self._failures = 0
         self._pending: list[Batch] = []
         self._last_idle = 0.0
+        self._measured_at = 0.0
         self._resumed_at = 0.0
         self.group = GroupConsumer(
             kafka,
@@ -107,6 +108,7 @@ class Feeder:
         """The next batch; None when there is nothing to do. Polls at most 0.1 s, once per batch of every raw topic."""
         if not self._pending:
             await self._limit_intake()
+            self._measure_waiting()
             polled = await self.group.poll(self._limit, IDLE_SECONDS)
             if polled.records or time.monotonic() - self._last_idle >= IDLE_SECONDS:
                 self._last_idle = time.monotonic()
@@ -126,15 +128,19 @@ class Feeder:
         if batch.records:
             self._limit = min(self._batch_size, self._limit * 2)
         source = self.deciders[batch.topic].source
-        self._metrics.set(Metric.BATCH_RECORDS, len(batch.records), source=source)
+        if batch.records:
+            self._metrics.set(Metric.BATCH_RECORDS, len(batch.records), source=source)
+            self._metrics.observe(Metric.BATCH_SECONDS, time.perf_counter() - batch.begun, source=source)
+        for room in decision.rooms:
+            for held in room.released:
+                self._metrics.add(Metric.RELEASED, 1, source=source, reason=held.reason)
         for fate, reason in decision.fates:
             self._metrics.add(Metric.RECORDS, 1, source=source, fate=fate.value, reason=reason)
             if fate is Fate.DEAD_LETTERED:
                 self._metrics.add(Metric.DEAD_LETTERS, 1, stage="normalise", code=reason)
             elif fate is Fate.IN_REVIEW:
                 self._metrics.add(Metric.REVIEWS, 1, source=source, reason=reason)
-        for waiting_source, held in self.measure_waiting().items():
-            self._metrics.set(Metric.WAITING, held, source=waiting_source)
+        self._measure_waiting()
 
     def roll_back(self, reason: str) -> None:
         """A transaction was rolled back; say so. The partitions were sought: what was polled with it comes again."""
@@ -217,13 +223,17 @@ class Feeder:
             reasons["group"] = "the group's coordinator has not answered lately"
         return not reasons, reasons
 
-    def measure_waiting(self) -> dict[str, int]:
-        """Records on hold, per source."""
-        counts: dict[str, int] = {}
-        for (topic, _), room in list(self.rooms.items()):
-            source = self.deciders[topic].source
-            counts[source] = counts.get(source, 0) + len(room.waiting)
-        return counts
+    def _measure_waiting(self) -> None:
+        """How many records are on hold and since when, per source; looked at once a second."""
+        if time.monotonic() - self._measured_at < 1:
+            return
+        self._measured_at = time.monotonic()
+        for topic, decider in self.deciders.items():
+            rooms = [room.waiting for (name, _), room in list(self.rooms.items()) if name == topic]
+            since = [oldest for oldest in (room.find_oldest() for room in rooms) if oldest is not None]
+            age = max(0.0, time.time() - min(since) / 1000) if since else 0.0
+            self._metrics.set(Metric.WAITING, sum(len(room) for room in rooms), source=decider.source)
+            self._metrics.set(Metric.WAITING_AGE, age, source=decider.source)
 
     async def close(self) -> None:
         """Leave the group and give up the stores."""

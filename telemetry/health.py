@@ -15,7 +15,7 @@ import orjson
 from schemas.failure import TemporaryError
 from telemetry.log import get_log
 from telemetry.masking import mask_members
-from telemetry.metrics import CONTENT_TYPE, METRICS, Metrics
+from telemetry.metrics import CONTENT_TYPE, METRICS, Metric, Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -127,6 +127,7 @@ class HealthServer:
                 page = {"ready": ready, "reasons": mask_members(reasons)}
                 return _choose_status(good=ready), _JSON, orjson.dumps(page)
             case b"/metrics":
+                self._metrics.set(Metric.UP, float(self._ask_ready()[0]))
                 return HTTPStatus.OK, CONTENT_TYPE, self._metrics.render()
         return HTTPStatus.NOT_FOUND, _JSON, b"{}"
 

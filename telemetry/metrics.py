@@ -66,8 +66,6 @@ class Metric(Enum):
     RAW_ACCEPTED = _counter("raw_accepted_total", "Raw records durably written.", "source", "facility")
     REFUSED = _counter("refused_total", "Deliveries refused; nothing was published.", "source", "reason")
     REDACTIONS = _counter("redactions_total", "Card data replaced at the edge before publishing.", "source", "kind")
-    REQUEST_SECONDS = _seconds("request_seconds", "Time from a delivery's first byte to its answer.", "source")
-    MLLP_CONNECTIONS = _gauge("mllp_connections", "Open MLLP connections.", "feed")
     MLLP_MESSAGES = _counter("mllp_messages_total", "HL7 messages received, by the answer given.", "feed", "answer")
     MLLP_REPEATS = _counter("mllp_repeats_total", "Repeated MSH-10 with equal bytes, answered again.", "feed")
     MLLP_FRAMING = _counter("mllp_framing_errors_total", "Connections closed for broken framing.", "reason")
@@ -76,12 +74,10 @@ class Metric(Enum):
     BATCH_SECONDS = _seconds("batch_seconds", "Time of one batch from read to commit.", "source", buckets=_BATCH)
     BATCH_RECORDS = _gauge("batch_records", "Records of the last batch.", "source")
     ABORTS = _counter("transactions_rolled_back_total", "Transactions aborted and read again.", "role", "reason")
-    PAUSES = _counter("pauses_total", "Pauses begun because a dependency is away, by error code.", "reason")
     WAITING = _gauge("waiting_entries", "Records on hold for a patient or a parent.", "source")
     WAITING_AGE = _gauge("waiting_oldest_seconds", "Age of the oldest record on hold.", "source")
     RELEASED = _counter("released_total", "Records that left the waiting room.", "source", "reason")
     REVIEWS = _counter("reviews_total", "Records a person must decide.", "source", "reason")
-    LAG = _gauge("lag_records", "Records not done: behind the frontier, waiting or parked.", "role", "source")
     PAUSED = _gauge("worker_paused", "1 while paused for this reason.", "role", "reason")
     DEAD_LETTERS = _counter("dead_letters_total", "Dead letters written.", "stage", "code")
     # Identity.
@@ -97,7 +93,7 @@ class Metric(Enum):
     OPEN_ATTEMPTS = _gauge("open_attempts", "Ledger entries not done.", "target", "state")
     TARGET_OPEN = _gauge("target_available", "1 while calls to the target are allowed.", "target")
     # Everything.
-    UP = _gauge("ready", "1 while the process says that it is ready.", "role")
+    UP = _gauge("ready", "1 while this process says that it is ready.")
     MISUSE = _counter("metric_misuse_total", "Calls with an unknown metric or wrong labels.", "name")
 
 

@@ -245,8 +245,15 @@ async def test_metrics_count_each_fate(feeder):
     assert 'code="AMOUNT_MISSING"' in text
 
 
-def test_the_waiting_room_is_measured(feeder):
+async def test_the_waiting_room_is_measured(feeder):
     room = WaitingRoom()
     room.hold(Held("T:0:1", "e", "PATIENT_UNKNOWN", "p", 0))
     feeder.rooms["raw.stripe", 0].waiting = room
-    assert feeder.measure_waiting() == {"stripe": 1, "hl7": 0}
+    await feeder.next_batch()
+    text = feeder._metrics.render().decode()
+    assert 'remitstream_waiting_entries{source="stripe"} 1.0' in text
+    assert 'remitstream_waiting_entries{source="hl7"} 0.0' in text
+    age = next(
+        line for line in text.splitlines() if line.startswith('remitstream_waiting_oldest_seconds{source="stripe"}')
+    )
+    assert float(age.split()[1]) > 1e9
