@@ -36,15 +36,19 @@ class Availability:
             return wanted
         return 1 if steady >= self._closed_until else 0
 
-    def fail(self, steady: float, reason: str) -> None:
-        """The target could not be reached, or refuses our credentials. Failures of one closed time count once."""
+    def fail(self, steady: float, reason: str, wait: float = 0.0) -> None:
+        """The target could not be reached, refuses our credentials, or told us to wait that many seconds.
+
+        Failures of one closed time count once; the longest wait among them holds.
+        """
         if steady < self._closed_until:
+            self._closed_until = max(self._closed_until, steady + wait)
             return
         self._failures += 1
         self.reason = reason
         ceiling = min(self._longest, self._first * 2 ** min(self._failures - 1, 20))
         # At least a tenth: a jitter near zero would be no pause at all.
-        self._closed_until = steady + ceiling * max(0.1, self._draw())
+        self._closed_until = steady + max(wait, ceiling * max(0.1, self._draw()))
 
     def succeed(self) -> None:
         """It answered."""

@@ -14,9 +14,25 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from clients.http import HttpResponse
+from clients.limits import Rate
+from clients.verdict import Verdict
 from schemas.events import MoneyEvent, Reference
 from schemas.failure import FailureKind
 from schemas.tenancy import Facility, Name
+
+__all__ = [
+    "Answer",
+    "HttpHead",
+    "HttpResponse",
+    "PostingContext",
+    "Rate",
+    "Request",
+    "Target",
+    "TargetClass",
+    "TargetSettings",
+    "Verdict",
+]
 
 
 class TargetClass(StrEnum):
@@ -44,13 +60,22 @@ class TargetSettings(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A frozen request: in the ledger before the call, sent unchanged at every attempt. Its repr hides the body."""
+    """A frozen request: in the ledger before the call, sent unchanged at every attempt.
+
+    Its repr hides the body, URL and headers. Over HTTP only the authorisation is added at each attempt.
+    """
 
     body: bytes = field(repr=False)
     control_id: str
     """Idempotency key, or MSH-10."""
     reference: str
     """Our short reference at the target (kept map to the event id)."""
+    method: str = ""
+    """HTTP only, as are ``url`` and ``headers``."""
+    url: str = field(default="", repr=False)
+    """Whole: an instance that is later pointed elsewhere must not send old requests there."""
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """Without authorisation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +86,8 @@ class Answer:
     code: str
     reference: str = ""
     """The target's own reference of the posting."""
+    retry_after: float = 0.0
+    """Seconds for which the target asked to be left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +99,24 @@ class PostingContext:
     """The survivor of all merges known when the request is frozen."""
     frozen_at: int
     """Milliseconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpHead:
+    """What the HTTP transport must know of a target. Calls go to these hosts and nowhere else."""
+
+    sandbox: str
+    """Base URL of the vendor's test system, without a slash at the end."""
+    production: str
+    token_url: str
+    """OAuth2 token endpoint, asked with the refresh token."""
+    rates: tuple[Rate, ...]
+    """The vendor's limits per credential."""
+    examine: Callable[[HttpResponse, Request, Any], Verdict | None]
+    """Read an answer to a request, given the instance's settings; None leaves it to the table of statuses. What it
+    raises at 2xx is AMBIGUOUS."""
+    overlay: Mapping[int, FailureKind | None] = field(default_factory=dict)
+    """Statuses that mean something else here than in the table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +136,10 @@ class Target:
     """Whether this event is posted at this instance at all; False gives ``not_routed``."""
     freeze: Callable[[MoneyEvent, PostingContext, Any], Request]
     """Build the request. Raises ``Failure`` UNMAPPED or INVALID when the event cannot become one."""
-    verdict: Callable[[bytes, Request, Any], Answer]
-    """Read the target's answer to a request."""
+    verdict: Callable[[bytes, Request, Any], Answer] | None = None
+    """Read the target's answer to a request (``mllp``)."""
+    http: HttpHead | None = None
+    """Needed with ``http``."""
     capabilities: Mapping[str, str]
     """Generated docs table; each claim is proved by a fixture."""
     accepts_phi: bool = True

@@ -136,6 +136,9 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """The canonical event as read; kept while it may still be needed, because the frontier may be past it."""
     headers: list[tuple[str, bytes]] = []
     since: int = 0
+    method: str = ""
+    url: str = ""
+    request_headers: list[tuple[str, str]] = []
 
     def __repr__(self) -> str:
         return f"Entry({self.state}, {self.topic}@{self.offset}, attempt {self.number}, {self.code or 'no code'})"
@@ -333,7 +336,14 @@ class Ledger:
         attempt.since = entry.since
         attempt.recorded = True
         if entry.body is not None:
-            attempt.request = Request(entry.body, entry.control_id, entry.reference)
+            attempt.request = Request(
+                entry.body,
+                entry.control_id,
+                entry.reference,
+                entry.method,
+                entry.url,
+                tuple(entry.request_headers),
+            )
         self.attempts[event_id] = attempt
 
     def forget(self, event_id: str) -> None:
@@ -457,8 +467,11 @@ class Ledger:
         return True
 
     def may_write(self, attempt: Attempt, moment: Moment) -> bool:
-        """The last look before the socket write; True notes the write."""
-        if not attempt.calling or moment.steady < attempt.settled_at:
+        """The last look before the socket write; True notes the write.
+
+        A call may look again: HTTP does between head and body, and before it repeats a request that was answered 401.
+        """
+        if not attempt.calling or (not attempt.written and moment.steady < attempt.settled_at):
             return False
         if attempt.may_have_landed and not self.policy.may_resend(attempt.first_write_at, moment):
             return False
@@ -474,6 +487,10 @@ class Ledger:
         kind = result.kind
         if isinstance(result, Answer) and kind is not FailureKind.AMBIGUOUS:
             # The write was answered: it is over.
+            attempt.settled_at = 0.0
+        elif kind not in _DOUBTS and not attempt.may_have_landed:
+            # No write of this event can still land: what this call wrote was answered (401, then no newer token), or
+            # it was given up between two looks.
             attempt.settled_at = 0.0
         if isinstance(result, Answer) and kind in (None, FailureKind.DUPLICATE):
             self._finish(attempt, result)
@@ -757,4 +774,7 @@ class Ledger:
             value=None if is_done else attempt.source.value,
             headers=[] if is_done else attempt.source.headers,
             since=attempt.since,
+            method=request.method if request else "",
+            url=request.url if request else "",
+            request_headers=list(request.headers) if request else [],
         )

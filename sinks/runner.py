@@ -363,7 +363,8 @@ class Runner:
         if isinstance(result, Answer) and result.kind not in (FailureKind.AUTH, FailureKind.RATE_LIMITED):
             self._availability.succeed()
         elif result.kind in (FailureKind.UNAVAILABLE, FailureKind.AUTH, FailureKind.RATE_LIMITED):
-            self._availability.fail(moment.steady, result.code)
+            wait = result.retry_after if isinstance(result, Answer) else 0.0
+            self._availability.fail(moment.steady, result.code, wait)
         if was_open != self._availability.is_open:
             self._metrics.set(Metric.TARGET_OPEN, float(self._availability.is_open), target=self.name)
             self._log.warning(
@@ -656,13 +657,14 @@ class Runner:
             kind = FailureKind.INTERNAL if attempt.written else FailureKind.UNAVAILABLE
             result = Failed(kind, type(error).__name__)
         else:
-            result = self._judge(answer, call)
+            result = answer if isinstance(answer, Answer) else self._judge(answer, call)
         self._metrics.observe(Metric.ATTEMPT_SECONDS, time.perf_counter() - started, target=self.name)
         self._results.append((call, result))
 
     def _judge(self, answer: bytes, call: _Call) -> Answer:
         assert call.attempt.request is not None
         try:
+            assert self.target.verdict is not None, "only a transport that judges by itself does without"
             return self.target.verdict(answer, call.attempt.request, self._settings)
         except Exception as error:  # noqa: BLE001 - an answer nobody can read says nothing about the posting
             return Answer(FailureKind.AMBIGUOUS, type(error).__name__)

@@ -1,20 +1,30 @@
 """How frozen requests travel: one transport per instance, over the clients.
 
-A transport sends once and returns the answer's bytes, or raises ``Failure`` of kind UNAVAILABLE (nothing was written)
-or AMBIGUOUS (it may have landed). ``before_write`` runs with nothing between it and the socket write; what it raises
-withdraws the call.
+A transport sends once and returns the answer: its bytes, or what it means where the transport judges it. Or it raises
+``Failure``: UNAVAILABLE, AUTH or RATE_LIMITED (nothing was applied), or AMBIGUOUS (it may have landed).
+``before_write`` runs with nothing between it and the socket write; what it raises withdraws the call.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ssl
-from typing import TYPE_CHECKING, Protocol
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+from urllib.parse import urlsplit
 
-from pydantic import Field, FilePath, model_validator
+from pydantic import Field, FilePath, SecretStr, model_validator
 
+from clients.auth import OAuthCredential, make_recipe, send_authorised
+from clients.hosts import HostPolicy
+from clients.http import HttpClient, HttpRequest, HttpResponse
+from clients.limits import RateLimiter
 from clients.mllp import MllpClient
-from schemas.failure import ConfigurationError
-from sinks.contract import Request, Target, TargetSettings
+from clients.vault import Vault
+from clients.verdict import Verdict, Verdicts
+from schemas.failure import ConfigurationError, Failure, FailureKind
+from sinks.contract import Answer, HttpHead, Request, Target, TargetSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,8 +38,8 @@ class Transport(Protocol):
     call_deadline: float
     """Seconds after which a call is given up."""
 
-    async def send(self, request: Request, before_write: Callable[[], None]) -> bytes:
-        """Send once; the answer's bytes."""
+    async def send(self, request: Request, before_write: Callable[[], None]) -> bytes | Answer:
+        """Send once; the answer's bytes, or its meaning."""
 
     async def close(self) -> None:
         """Close the connections."""
@@ -88,14 +98,136 @@ class MllpTransport:
         await self._client.close()
 
 
+class HttpSettings(CallSettings):
+    """An instance reached over HTTP with OAuth2. Its hosts are the connector's; only a simulator can be named."""
+
+    environment: Literal["sandbox", "production", "simulator"] = Field(
+        description="The vendor's production or test system, or a simulator on this machine."
+    )
+    simulator_url: str | None = Field(
+        default=None,
+        description='With `environment = "simulator"`: its base URL, a loopback address with a port.',
+    )
+    client_id: str = Field(min_length=1, description="Client id of the app at the vendor.")
+    client_secret: SecretStr = Field(description="Client secret of the app.")
+    refresh_token: SecretStr = Field(
+        description="Refresh token of the connected account. The vendor replaces it: the newest is kept in "
+        "`token_folder`. After connecting again, put the new one here."
+    )
+    token_folder: Path = Field(
+        description="Folder for tokens in force, mode 0700, owned by the service's user. It must survive restarts: "
+        "without it the account has to be connected again."
+    )
+
+    @model_validator(mode="after")
+    def _agree_on_simulator(self) -> HttpSettings:
+        if (self.environment == "simulator") != bool(self.simulator_url):
+            raise ValueError('simulator_url goes with environment = "simulator"')
+        if self.simulator_url is not None:
+            parts = urlsplit(self.simulator_url)
+            if (parts.scheme, parts.hostname, parts.path) != ("http", "127.0.0.1", "") or not parts.port or parts.query:
+                raise ValueError("simulator_url is http://127.0.0.1:PORT")
+        return self
+
+    def choose_base(self, head: HttpHead) -> str:
+        """Base URL of the system this instance posts to, without a slash at the end."""
+        if self.simulator_url is not None:
+            return self.simulator_url
+        return head.production if self.environment == "production" else head.sandbox
+
+
+class HttpTransport:
+    """HTTP with one credential: its rates, its token (renewed by one caller), answers judged by the target's table.
+
+    A call waits for its turn under the rates before anything else; the wait is no part of the call deadline, and a turn
+    that does not come within another deadline is RATE_LIMITED. After a 401 the same bytes go once more with a renewed
+    token. Redirects are not followed. No call leaves for a host other than those of the head.
+    """
+
+    def __init__(self, head: HttpHead, settings: HttpSettings) -> None:
+        self.connections = settings.connections
+        self.call_deadline = settings.call_deadline_seconds
+        self._head = head
+        self._settings = settings
+        token_url = head.token_url
+        if settings.simulator_url is not None:
+            token_url = settings.simulator_url + urlsplit(head.token_url).path
+        self._client = HttpClient(
+            max_connections=settings.connections + 1,  # one for the token
+            connect_timeout=min(5.0, settings.call_deadline_seconds),
+            policy=HostPolicy(
+                (settings.choose_base(head), token_url),
+                private=() if settings.simulator_url is None else ("127.0.0.1",),
+            ),
+        )
+        self._credential = OAuthCredential(
+            make_recipe(
+                token_url,
+                grant_type="refresh_token",
+                client_id=settings.client_id,
+                client_secret=settings.client_secret,
+            ),
+            self._client,
+            seed=settings.refresh_token,
+            vault=Vault(settings.token_folder, settings.name),
+            deadline=settings.call_deadline_seconds,
+        )
+        self._limiter = RateLimiter(head.rates)
+        self._is_open = False
+
+    async def send(self, request: Request, before_write: Callable[[], None]) -> Answer:
+        """Send once, or twice after a 401, and judge the last answer."""
+        if not self._is_open:
+            self._is_open = True
+            await self._client.__aenter__()
+        try:
+            await asyncio.wait_for(self._limiter.take(), self.call_deadline)
+        except TimeoutError:
+            raise Failure(FailureKind.RATE_LIMITED, "RATE_WAIT") from None
+        response, _ = await send_authorised(
+            self._client,
+            HttpRequest(request.method, request.url, dict(request.headers), request.body),
+            self._credential,
+            deadline=self.call_deadline,
+            before_write=before_write,
+            limiter=self._limiter,
+        )
+
+        answer = judge_response(self._head, response, request, self._settings, now=time.time())
+        if answer.kind is FailureKind.RATE_LIMITED:
+            self._limiter.drain(answer.retry_after)
+        return answer
+
+    async def close(self) -> None:
+        """Let a token renewal end, then close the connections."""
+        await self._credential.close()
+        if self._is_open:
+            await self._client.__aexit__(None, None, None)
+
+
+def judge_response(
+    head: HttpHead, response: HttpResponse, request: Request, settings: TargetSettings, *, now: float
+) -> Answer:
+    """What an HTTP answer means at this target. ``now``: seconds since the epoch, for a Retry-After without a Date."""
+
+    def examine(seen: HttpResponse) -> Verdict | None:
+        return head.examine(seen, request, settings)
+
+    verdict = Verdicts(overlay=head.overlay, examine=examine).judge(response, now=now)
+    return Answer(verdict.kind, verdict.code, verdict.reference, verdict.retry_after or 0.0)
+
+
 def open_transport(target: Target, settings: TargetSettings) -> Transport:
     """The transport of an instance. Raises ``ConfigurationError`` when its connector names one we do not have."""
     if target.transport == "mllp" and isinstance(settings, MllpSettings):
         return MllpTransport(settings)
+    if target.transport == "http" and target.http is not None and isinstance(settings, HttpSettings):
+        return HttpTransport(target.http, settings)
     raise ConfigurationError(
         f"there is no transport {target.transport!r} for it.",
         place=f"targets.{settings.name}",
-        remedy="A target with transport `mllp` has settings derived from sinks.transport.MllpSettings.",
+        remedy="A target with transport `mllp` has settings derived from sinks.transport.MllpSettings; "
+        "one with `http` has a head `http` and settings derived from HttpSettings.",
     )
 
 

@@ -6,6 +6,7 @@ A new target inherits these tests by having a file in ``sinks/targets/`` and fix
 import ast
 import json
 import logging
+import re
 from pathlib import Path
 
 import msgspec
@@ -18,11 +19,15 @@ from schemas.mapping import check_files
 from schemas.money import Money
 from schemas.tenancy import Authority, Facility
 from sinks.catalog import discover
-from sinks.contract import PostingContext, TargetClass
+from sinks.contract import HttpResponse, PostingContext, TargetClass
+from sinks.ledger import Entry, Ledger, Policy, decode_entry, encode_entry
+from sinks.transport import judge_response
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "targets"
 TARGETS = discover()
+OVER_HTTP = [name for name, target in TARGETS.items() if target.transport == "http"]
+NOW = 1_772_355_606.0  # Sun, 01 Mar 2026 09:00:06 GMT
 
 
 def read_cases(kind):
@@ -57,6 +62,14 @@ def freeze(name, case):
     return TARGETS[name].freeze(event, build_context(case), settings), settings
 
 
+def judge(name, answer, request, settings, *, status=200, headers=None):
+    """The answer's meaning, as the target's transport reads it."""
+    target = TARGETS[name]
+    if target.transport == "http":
+        return judge_response(target.http, HttpResponse(status, headers or {}, answer), request, settings, now=NOW)
+    return target.verdict(answer, request, settings)
+
+
 def first_case(name):
     return next(case.values[1] for case in read_cases("requests") if case.values[0] == name)
 
@@ -74,6 +87,9 @@ def test_the_request_is_the_one_written_by_hand(name, case):
     wanted = "\n".join(case["request"]).replace("{control_id}", request.control_id)
     wanted = wanted.replace("{reference}", request.reference)
     assert request.body.decode("utf-8").rstrip("\r\n").replace("\r\n", "\n").replace("\r", "\n") == wanted
+    assert request.method == case.get("method", "")
+    assert request.url == case.get("url", "").replace("{control_id}", request.control_id)
+    assert [list(header) for header in request.headers] == case.get("headers", [])
 
 
 @pytest.mark.parametrize(("name", "case"), read_cases("requests"))
@@ -83,7 +99,9 @@ def test_the_key_is_a_function_of_event_and_instance_alone(name, case):
     assert freeze(name, later)[0].control_id == request.control_id
     assert freeze(name, later)[0].reference == request.reference
     other_event = {**case, "event": {**case["event"], "event_id": "f" * 32}}
-    other_instance = {**case, "settings": {**case["settings"], "name": "another"}}
+    differences = FIXTURES / name / "another.json"
+    another = json.loads(differences.read_text("utf-8")) if differences.exists() else {"name": "another"}
+    other_instance = {**case, "settings": {**case["settings"], **another}}
     for other in (other_event, other_instance):
         assert freeze(name, other)[0].control_id != request.control_id
     assert freeze(name, other_event)[0].reference != request.reference
@@ -95,22 +113,83 @@ def test_the_answer_means_what_it_must(name, case):
     settings = build_settings(name, case["settings"])
     request, _ = freeze(name, first_case(name))
     text = "\r".join(case["answer"]).replace("{control_id}", request.control_id)
-    answer = TARGETS[name].verdict(text.encode() + b"\r", request, settings)
+    reply = {part: case[part] for part in ("status", "headers") if part in case}
+    answer = judge(name, text.encode() + b"\r", request, settings, **reply)
     assert answer.kind == (FailureKind(case["kind"]) if case["kind"] else None)
     assert answer.code == case["code"]
+    assert answer.reference == case.get("reference", "")
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_way_an_answer_can_fall_out_has_a_fixture(name):
     kinds = {case.values[1]["kind"] for case in read_cases("answers") if case.values[0] == name}
     assert {None, "REJECTED", "UNAVAILABLE", "AMBIGUOUS"} <= kinds
+    if name in OVER_HTTP:
+        assert {"AUTH", "RATE_LIMITED"} <= kinds
 
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("answer", [b"", b"\x00\xff\xfe", b"{}", b"MSH|^~\\&", b"<html>", b"MSA|AA|x\r"])
 def test_garbage_is_never_success_and_never_a_refusal(name, answer):
     request, settings = freeze(name, first_case(name))
-    assert TARGETS[name].verdict(answer, request, settings).kind is FailureKind.AMBIGUOUS
+    assert judge(name, answer, request, settings).kind is FailureKind.AMBIGUOUS
+
+
+@pytest.mark.parametrize("name", OVER_HTTP)
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(302, "AMBIGUOUS"), (307, "UNAVAILABLE"), (400, "REJECTED"), (401, "AUTH"), (403, "AUTH"), (408, "AMBIGUOUS"),
+     (409, "REJECTED"), (429, "RATE_LIMITED"), (500, "AMBIGUOUS"), (502, "AMBIGUOUS"), (503, "UNAVAILABLE"),
+     (504, "AMBIGUOUS"), (599, "AMBIGUOUS")],
+)  # fmt: skip
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]"])
+def test_a_status_without_a_readable_body_means_what_the_table_says(name, status, kind, body):
+    request, settings = freeze(name, first_case(name))
+    assert judge(name, body, request, settings, status=status).kind == kind
+
+
+@pytest.mark.parametrize("name", OVER_HTTP)
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, 0),
+        ({"retry-after": "7"}, 7),
+        ({"retry-after": "Sun, 01 Mar 2026 09:00:36 GMT"}, 30),
+        ({"retry-after": "Sun, 01 Mar 2026 10:00:36 GMT", "date": "Sun, 01 Mar 2026 09:59:36 GMT"}, 60),
+        ({"retry-after": "Sun, 01 Mar 2026 08:00:00 GMT"}, 0),
+        ({"retry-after": "soon"}, 0),
+        ({"retry-after": "86400"}, 3600),
+    ],
+)
+def test_retry_after_is_taken_in_both_forms_and_bounded(name, status, headers, seconds):
+    request, settings = freeze(name, first_case(name))
+    assert judge(name, b"", request, settings, status=status, headers=headers).retry_after == seconds
+
+
+@pytest.mark.parametrize("name", OVER_HTTP)
+def test_no_secret_is_in_what_is_frozen_or_shown(name):
+    request, settings = freeze(name, first_case(name))
+    given = json.loads((FIXTURES / name / "settings.json").read_text("utf-8"))
+    secrets = [value for value in given.values() if isinstance(value, str) and value.startswith("planted-")]
+    assert secrets
+    frozen = f"{request.body!r} {request.method} {request.url} {request.headers}"
+    for secret in secrets:
+        assert secret not in frozen
+        assert secret not in repr(settings)
+        assert secret not in repr(request)
+    assert "authorization" not in {header.lower() for header, _ in request.headers}
+
+
+@pytest.mark.parametrize(("name", "case"), read_cases("requests"))
+def test_the_ledger_gives_back_the_same_request(name, case):
+    request, _ = freeze(name, case)
+    entry = Entry("IN_FLIGHT", "payments", 1, "e", body=request.body, control_id=request.control_id,
+                  reference=request.reference, method=request.method, url=request.url,
+                  request_headers=list(request.headers))  # fmt: skip
+    ledger = Ledger("payments", Policy(target_class=TargetClass.A, call_deadline=1, session_timeout=1))
+    ledger.restore("x", decode_entry(encode_entry(entry)))
+    assert ledger.attempts["x"].request == request
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -152,8 +231,9 @@ def test_neither_repr_nor_log_nor_failure_shows_a_patient(name, caplog):
     except Failure as failure:
         seen += repr(failure) + str(failure)
         request, settings = freeze(name, {**planted, "event": {**event, "object_id": "x"}})
-    seen += repr(request) + repr(TARGETS[name].verdict(b"PLANTEDMRN|PLANTEDVISIT", request, settings)) + caplog.text
-    assert "PLANTED" in request.body.decode()
+    seen += repr(request) + repr(judge(name, b"PLANTEDMRN|PLANTEDVISIT", request, settings)) + caplog.text
+    assert ("PLANTED" in request.body.decode()) == TARGETS[name].accepts_phi
+    assert "PLANTED" not in request.url
     assert "PLANTED" not in seen
     assert "Planted" not in seen
 
@@ -185,6 +265,9 @@ def test_money_of_the_fixtures_is_written_by_hand():
     for case in read_cases("requests"):
         money = Money(**case.values[1]["event"]["money"])
         text = "\n".join(case.values[1]["request"])
-        digits = text.split(f"&{money.currency}", 1)[0].rsplit("|", 1)[1].lstrip("-")
+        if case.values[0] in OVER_HTTP:
+            digits = re.search(r'"(?:TotalAmt|Amount)":([0-9.]+)[,}]', text)[1]
+        else:
+            digits = text.split(f"&{money.currency}", 1)[0].rsplit("|", 1)[1].lstrip("-")
         assert int(digits.replace(".", "")) == money.minor
         assert len(digits.partition(".")[2]) == money.exponent

@@ -143,6 +143,45 @@ def test_config_check_of_a_correct_file(call):
     assert call("config", "check")[0] == 0
 
 
+QUICKBOOKS = """\
+
+[[targets]]
+name = "books-north"
+connector = "quickbooks_online"
+facilities = ["north"]
+environment = "sandbox"
+client_id = "ABclient"
+client_secret = "env:T_CLIENT"
+refresh_token = "file:secrets/refresh.token"
+token_folder = "tokens"
+realm = "4620816365"
+home_currency = "USD"
+customer = "58"
+deposit_account = "35"
+refund_item = "19"
+other_movements = "skip"
+"""
+
+
+def test_config_check_of_a_target_over_http(call, place, monkeypatch):
+    (place / "remitstream.toml").write_text(MINIMAL + QUICKBOOKS)
+    code, _, err = call("config", "check")
+    assert code == 78
+    assert "T_CLIENT" in err
+    assert "refresh.token" in err
+    monkeypatch.setenv("T_CLIENT", "planted-client-secret")
+    (place / "secrets").mkdir()
+    (place / "secrets" / "refresh.token").write_text("planted-refresh-token\n")
+    assert call("config", "check")[0] == 0
+    _, shown, _ = call("config", "show")
+    assert str(place / "tokens") in shown
+    assert "planted" not in shown
+    (place / "remitstream.toml").write_text(MINIMAL + QUICKBOOKS.replace("env:T_CLIENT", "planted-client-secret"))
+    code, _, err = call("config", "check")
+    assert code == 78
+    assert "planted" not in err
+
+
 def test_config_check_lists_issues_with_code_place_and_remedy(call, place):
     (place / "remitstream.toml").write_text(
         MINIMAL.replace("America/Chicago", "Chicago").replace("[redis]", "[rediss]")

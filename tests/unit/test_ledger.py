@@ -5,6 +5,7 @@ The world (target, network, changelog) is written here and shares no code with t
 
 import random
 
+import msgspec
 import pytest
 
 from schemas.events import Outcome
@@ -763,3 +764,50 @@ def test_each_rule_left_out_is_found(ledger_type, target_class):
 def test_a_request_built_anew_is_found():
     with pytest.raises(AssertionError, match="other bytes"):
         search(Refreeze, TargetClass.A, seeds=60)
+
+
+def test_a_request_over_http_is_given_back_whole_after_kill_9():
+    bench = Bench()
+    bench.publish(("a", "e1"))
+    (attempt,) = bench.ledger.take(1, bench.now)
+    request = Request(b"body", "key", "ref", "POST", "https://books.example/x?requestid=key", (("accept", "a/b"),))
+    bench.ledger.start(attempt, request, bench.now)
+    written = [value for _, value in bench.ledger.flush().records]
+    restored = Ledger("payments", bench.policy)
+    restored.restore("a", decode_entry(written[0]))
+    assert restored.attempts["a"].request == request
+
+
+def test_an_entry_written_before_there_was_http_is_read():
+    old = Entry("IN_FLIGHT", "payments", 7, "e1", control_id="C", reference="R", body=b"x", since=5)
+    members = msgspec.msgpack.decode(encode_entry(old))[:20]  # as many as an entry had then, up to ``since``
+    assert members[-1] == 5
+    ledger = Ledger("payments", make_policy())
+    ledger.restore("a", decode_entry(msgspec.msgpack.encode(members)))
+    assert ledger.attempts["a"].request == Request(b"x", "C", "R")
+
+
+def test_a_call_may_look_again_but_another_call_may_not_write_while_the_first_write_can_land():
+    bench = Bench()
+    bench.publish(("a", "e1"))
+    (attempt,) = bench.ledger.take(1, bench.now)
+    bench.ledger.start(attempt, Request(b"x", "C", "R"), bench.now)
+    assert bench.ledger.may_write(attempt, bench.now)
+    assert bench.ledger.may_write(attempt, bench.now)
+    bench.ledger.settle(attempt, TIMEOUT, bench.now)
+    assert bench.ledger.take(1, bench.now) == []
+    assert not bench.ledger.may_write(attempt, bench.now)
+    attempt.calling, attempt.written = True, False
+    assert not bench.ledger.may_write(attempt, bench.now)
+
+
+def test_a_call_refused_after_its_write_was_answered_leaves_no_write_to_wait_for():
+    bench = Bench()
+    bench.publish(("a", "e1"))
+    (attempt,) = bench.ledger.take(1, bench.now)
+    bench.ledger.start(attempt, Request(b"x", "C", "R"), bench.now)
+    assert bench.ledger.may_write(attempt, bench.now)
+    bench.ledger.settle(attempt, Failed(FailureKind.AUTH, "TOKEN_INVALID_GRANT"), bench.now)
+    assert bench.ledger.take(1, bench.now) == [attempt]
+    bench.ledger.start(attempt, attempt.request, bench.now)
+    assert bench.ledger.may_write(attempt, bench.now)

@@ -40,3 +40,19 @@ def test_many_failures_of_one_moment_count_once():
     for _ in range(32):
         target.fail(10.0, "CONNECT_FAILED")
     assert target.limit_calls(11.0, 4) == 1
+
+
+def test_the_target_is_left_alone_as_long_as_it_asked():
+    target = Availability(lambda: 0.999, first=1.0)
+    target.fail(10.0, "HTTP_429", 20.0)
+    assert target.limit_calls(29.9, 4) == 0
+    assert target.limit_calls(30.0, 4) == 1
+
+
+def test_the_longest_wait_of_a_closed_time_holds():
+    target = Availability(lambda: 0.999, first=1.0)
+    target.fail(10.0, "CONNECT_FAILED")
+    target.fail(10.1, "HTTP_429", 5.0)
+    target.fail(10.2, "HTTP_429", 1.0)
+    assert target.limit_calls(15.0, 4) == 0
+    assert target.limit_calls(15.1, 4) == 1
