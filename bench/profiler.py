@@ -1,4 +1,7 @@
-"""Where a running process spends its time: py-spy from outside, summed up by function."""
+"""Where a running process spends its time: py-spy from outside, summed up by function.
+
+Only samples that hold the interpreter lock count: an idle thread is not work. What C threads cost stands in the meter.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def record_profile(pid: int, target: Path) -> None:
     """Sample a process for some seconds; ``target`` gets one line a stack with its number of samples."""
     program = ensure_environment("profile").with_name("py-spy")
     command = [str(program), "record", "--pid", str(pid), "--duration", str(SECONDS), "--rate", str(RATE)]
-    subprocess.run([*command, "--threads", "--format", "raw", "--output", str(target)], check=True, capture_output=True)
+    subprocess.run([*command, "--gil", "--format", "raw", "--output", str(target)], check=True, capture_output=True)
 
 
 def sum_up(folded: str) -> tuple[int, Counter[str], Counter[str]]:

@@ -62,7 +62,7 @@ class Run:
         output = scenario.output or f"bench.{scenario.name}"
         if not scenario.output:
             ground.create_topic(output)
-        arguments = {
+        arguments: dict[str, Any] = {
             "bootstrap": ground.bootstrap,
             "raw": scenario.raw,
             "raw_id": ground.find_topic_id(scenario.raw),
