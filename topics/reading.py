@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 Isolation = Literal["read_committed", "read_uncommitted"]
 
 
+_LISTINGS = 5
+_LEADER_MOVED = frozenset(
+    {
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+    }
+)
+"""Just after a topic was made, or a leader changed; the next answer is right."""
+
+
 class TopicMissing(TemporaryError):
     """A topic that must exist does not."""
 
@@ -139,16 +151,22 @@ class TopicReader:
 
     def _list_offsets(self, spec: OffsetSpec, level: IsolationLevel) -> dict[int, int]:
         partitions = list(self._positions) or self.partitions()
-        if self._admin is None:
-            self._admin = AdminClient(self._kafka.build_client("remitstream-offsets"))
         requests = {TopicPartition(self.topic, partition): spec for partition in partitions}
-        try:
-            futures = self._admin.list_offsets(requests, isolation_level=level, request_timeout=10)
-            return {tp.partition: future.result().offset for tp, future in futures.items()}
-        except KafkaException as error:
-            # It would keep asking under the leader epoch it knows, minutes after a leader has changed or restarted.
-            self._admin = None
-            raise KafkaUnreachable(f"offsets cannot be listed ({name_error(error)}).", place=self.topic) from None
+        for attempt in range(_LISTINGS):
+            if self._admin is None:
+                self._admin = AdminClient(self._kafka.build_client("remitstream-offsets"))
+            try:
+                futures = self._admin.list_offsets(requests, isolation_level=level, request_timeout=10)
+                return {tp.partition: future.result().offset for tp, future in futures.items()}
+            except KafkaException as error:
+                # It would keep asking under the leader it knows, minutes after the leader has changed or restarted.
+                self._admin = None
+                if attempt == _LISTINGS - 1 or error.args[0].code() not in _LEADER_MOVED:
+                    raise KafkaUnreachable(
+                        f"offsets cannot be listed ({name_error(error)}).", place=self.topic
+                    ) from None
+            time.sleep(0.2)
+        raise AssertionError("the last attempt returns or raises")
 
     def _move(self, partition: int, offset: int) -> None:
         if offset > self._positions.get(partition, 0):

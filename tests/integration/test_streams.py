@@ -250,10 +250,12 @@ def test_what_the_broker_refuses_is_a_dead_letter_and_the_rest_flows(deploy):
 
 
 def test_a_full_waiting_room_stops_intake_until_patients_arrive(deploy):
-    deployment = deploy(worker__partitions="1", worker__batch_records="5", worker__waiting_limit="10")
+    deployment = deploy(worker__partitions="2", worker__batch_records="5", worker__waiting_limit="10")
     plant = Plant(deployment)
     for number in range(40):
-        plant.send(f"pi_{number}", build_body("payment_intent.succeeded", f"pi_{number}", 100, mrn=f"M{number}"))
+        # One raw key, so one partition.
+        body = build_body("payment_intent.succeeded", f"pi_{number}", 100, mrn=f"M{number}")
+        plant.send("pi_crowd", body)
     plant.flush()
     deployment.start("project")
     deployment.await_ready("projector")
