@@ -88,6 +88,8 @@ class Answer:
     """The target's own reference of the posting."""
     retry_after: float = 0.0
     """Seconds for which the target asked to be left alone."""
+    is_outage: bool = False
+    """With UNAVAILABLE: about the target as a whole (503), not about this event (its account is locked just now)."""
 
 
 @dataclass(frozen=True, slots=True)

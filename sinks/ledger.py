@@ -520,7 +520,7 @@ class Ledger:
             # Without an answer the client itself refused to send it: it was built wrong.
             outcome = Outcome.REJECTED if isinstance(result, Answer) else Outcome.DEAD_LETTERED
             self.reject(attempt, kind, result.code, moment, outcome=outcome)
-        elif isinstance(result, Answer) and kind is FailureKind.UNAVAILABLE:
+        elif isinstance(result, Answer) and kind is FailureKind.UNAVAILABLE and not result.is_outage:
             attempt.tries += 1
             pause = self.policy.choose_pause(attempt.tries)
             if attempt.tries >= self.policy.park_after:

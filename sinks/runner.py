@@ -353,18 +353,21 @@ class Runner:
 
     def _judge_target(self, result: Answer | Failed, moment: Moment) -> None:
         was_open = self._availability.is_open
-        if isinstance(result, Failed) and result.kind is FailureKind.AMBIGUOUS:
-            # One event may make a target hang; several in a row are an outage, and each costs an unknown outcome.
+        is_outage = isinstance(result, Failed) or result.is_outage
+        if result.kind is FailureKind.AMBIGUOUS:
+            # One event may make a target hang or fall over; several in a row are an outage, and each costs an unknown
+            # outcome.
             self._unanswered += 1
             if self._unanswered >= _UNANSWERED_OUTAGE:
                 self._availability.fail(moment.steady, result.code)
         elif isinstance(result, Answer):
             self._unanswered = 0
-        if isinstance(result, Answer) and result.kind not in (FailureKind.AUTH, FailureKind.RATE_LIMITED):
-            self._availability.succeed()
-        elif result.kind in (FailureKind.UNAVAILABLE, FailureKind.AUTH, FailureKind.RATE_LIMITED):
+        is_down = result.kind is FailureKind.UNAVAILABLE and is_outage
+        if is_down or result.kind in (FailureKind.AUTH, FailureKind.RATE_LIMITED):
             wait = result.retry_after if isinstance(result, Answer) else 0.0
             self._availability.fail(moment.steady, result.code, wait)
+        elif isinstance(result, Answer) and result.kind is not FailureKind.AMBIGUOUS:
+            self._availability.succeed()
         if was_open != self._availability.is_open:
             self._metrics.set(Metric.TARGET_OPEN, float(self._availability.is_open), target=self.name)
             self._log.warning(

@@ -23,7 +23,7 @@ from clients.limits import RateLimiter
 from clients.mllp import MllpClient
 from clients.vault import Vault
 from clients.verdict import Verdict, Verdicts
-from schemas.failure import ConfigurationError, Failure, FailureKind
+from schemas.failure import ConfigurationError, Failure, FailureKind, OperatorError
 from sinks.contract import Answer, HttpHead, Request, Target, TargetSettings
 
 if TYPE_CHECKING:
@@ -184,14 +184,18 @@ class HttpTransport:
             await asyncio.wait_for(self._limiter.take(), self.call_deadline)
         except TimeoutError:
             raise Failure(FailureKind.RATE_LIMITED, "RATE_WAIT") from None
-        response, _ = await send_authorised(
-            self._client,
-            HttpRequest(request.method, request.url, dict(request.headers), request.body),
-            self._credential,
-            deadline=self.call_deadline,
-            before_write=before_write,
-            limiter=self._limiter,
-        )
+        try:
+            response, _ = await send_authorised(
+                self._client,
+                HttpRequest(request.method, request.url, dict(request.headers), request.body),
+                self._credential,
+                deadline=self.call_deadline,
+                before_write=before_write,
+                limiter=self._limiter,
+            )
+        except OperatorError as error:
+            # Of the token's store: before the first write, or after a 401. Nothing was applied, a person must look.
+            raise Failure(FailureKind.AUTH, error.code) from None
 
         answer = judge_response(self._head, response, request, self._settings, now=time.time())
         if answer.kind is FailureKind.RATE_LIMITED:
@@ -209,12 +213,18 @@ def judge_response(
     head: HttpHead, response: HttpResponse, request: Request, settings: TargetSettings, *, now: float
 ) -> Answer:
     """What an HTTP answer means at this target. ``now``: seconds since the epoch, for a Retry-After without a Date."""
+    named: list[Verdict] = []
 
     def examine(seen: HttpResponse) -> Verdict | None:
-        return head.examine(seen, request, settings)
+        verdict = head.examine(seen, request, settings)
+        if verdict is not None:
+            named.append(verdict)
+        return verdict
 
     verdict = Verdicts(overlay=head.overlay, examine=examine).judge(response, now=now)
-    return Answer(verdict.kind, verdict.code, verdict.reference, verdict.retry_after or 0.0)
+    # What the connector read in the body is about this event, the status alone about the target.
+    is_outage = verdict.kind is FailureKind.UNAVAILABLE and not named
+    return Answer(verdict.kind, verdict.code, verdict.reference, verdict.retry_after or 0.0, is_outage)
 
 
 def open_transport(target: Target, settings: TargetSettings) -> Transport:

@@ -145,7 +145,9 @@ def test_garbage_is_never_success_and_never_a_refusal(name, answer):
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]"])
 def test_a_status_without_a_readable_body_means_what_the_table_says(name, status, kind, body):
     request, settings = freeze(name, first_case(name))
-    assert judge(name, body, request, settings, status=status).kind == kind
+    answer = judge(name, body, request, settings, status=status)
+    assert answer.kind == kind
+    assert answer.is_outage == (kind == "UNAVAILABLE")
 
 
 @pytest.mark.parametrize("name", OVER_HTTP)

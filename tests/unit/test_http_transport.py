@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from sandbox.quickbooks import Company, Trouble
 from schemas.events import MoneyEvent, Reference
-from schemas.failure import ConfigurationError, Failure, FailureKind
+from schemas.failure import Failure, FailureKind
 from schemas.money import Money
 from schemas.tenancy import Authority, Facility
 from sinks.catalog import load
@@ -163,6 +163,7 @@ async def test_troubles_are_named_and_post_nothing(company, settings, transport,
     company.trouble(trouble, retry_after="7")
     answer = await transport.send(freeze(settings), allow)
     assert (answer.kind, answer.code, answer.retry_after) == (kind, code, wait)
+    assert answer.is_outage == (trouble is Trouble.UNAVAILABLE)
     assert company.postings == []
 
 
@@ -198,8 +199,9 @@ async def test_a_request_frozen_for_another_system_does_not_leave(company, setti
 async def test_a_folder_open_to_others_holds_the_token_back(company, settings, transport):
     settings.token_folder.mkdir(mode=0o755)
     os.chmod(settings.token_folder, 0o755)  # noqa: PTH101, S103 - the mistake under test
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(Failure) as caught:
         await transport.send(freeze(settings), allow)
+    assert (caught.value.kind, caught.value.code) == (FailureKind.AUTH, "RS180")
     assert company.counts["renewals"] == 0
 
 

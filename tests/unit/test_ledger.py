@@ -811,3 +811,16 @@ def test_a_call_refused_after_its_write_was_answered_leaves_no_write_to_wait_for
     assert bench.ledger.take(1, bench.now) == [attempt]
     bench.ledger.start(attempt, attempt.request, bench.now)
     assert bench.ledger.may_write(attempt, bench.now)
+
+
+@pytest.mark.parametrize(("is_outage", "state"), [(False, State.PARKED), (True, State.RETRY_AT)])
+def test_refusals_for_now_park_the_event_unless_the_whole_target_is_away(is_outage, state):
+    bench = Bench()
+    bench.publish(("a", "e1"))
+    for _ in range(bench.policy.park_after):
+        (attempt,) = bench.ledger.take(1, bench.now)
+        bench.ledger.start(attempt, Request(b"x", "C", "R"), bench.now)
+        assert bench.ledger.may_write(attempt, bench.now)
+        bench.ledger.settle(attempt, Answer(FailureKind.UNAVAILABLE, "HTTP_503", is_outage=is_outage), bench.now)
+        bench.wait(100)
+    assert attempt.state is state

@@ -458,6 +458,59 @@ async def test_a_target_that_answers_nothing_does_not_eat_the_backlog(world):
     assert len(world.receiver.received) == len(set(world.receiver.received))
 
 
+class JudgingTransport:
+    """Writes nothing anywhere and judges by itself, as HTTP does; ``answers`` come first, then all is taken."""
+
+    connections, call_deadline = 2, 0.05
+
+    def __init__(self, answers):
+        self.answers = answers
+        self.sent = []
+
+    async def send(self, request, before_write):
+        before_write()
+        self.sent.append(request.control_id)
+        return self.answers.pop(0) if self.answers else Answer(None, "HTTP_200")
+
+    async def close(self):
+        """Nothing is open."""
+
+
+def open_attempts(world):
+    return [outcome for outcome in world.broker.outcomes().values() if outcome[0] != "posted"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(FailureKind.UNAVAILABLE, "HTTP_503", is_outage=True),
+        Answer(FailureKind.AUTH, "HTTP_401"),
+        Answer(FailureKind.RATE_LIMITED, "HTTP_429", retry_after=0.05),
+    ],
+)
+async def test_an_answer_about_the_whole_target_pauses_it_and_parks_nothing(world, answer):
+    for n in range(20):
+        world.broker.publish(f"pi_{n}", f"pi_{n}")
+    # More than are called at once, so that probes meet it too.
+    transport = JudgingTransport([answer] * 6)
+    async with world.running(transport=lambda _settings: transport) as runner:
+        await world.until(lambda: runner.ready()[1].get("target") == answer.code)
+        await world.until(lambda: len(world.broker.outcomes()) == 20)
+    assert open_attempts(world) == []
+    assert len(transport.sent) == 20 + 6
+
+
+async def test_a_target_that_falls_over_at_every_event_does_not_eat_the_backlog(world):
+    for n in range(40):
+        world.broker.publish(f"pi_{n}", f"pi_{n}")
+    transport = JudgingTransport([Answer(FailureKind.AMBIGUOUS, "HTTP_502")] * 6)
+    async with world.running(transport=lambda _settings: transport) as runner:
+        await world.until(lambda: runner.ready()[1].get("target") == "HTTP_502")
+        await world.until(lambda: len(world.broker.outcomes()) == 40)
+    assert open_attempts(world) == [("unknown", "HTTP_502")] * 6
+    assert len(transport.sent) == 40
+
+
 async def test_identity_that_is_down_holds_and_loses_nothing(world):
     world.broker.publish("pi_1", "pi_1")
     world.patients.error = RedisDown("no answer.", place="redis")
