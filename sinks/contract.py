@@ -14,7 +14,17 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from clients.http import HttpResponse
+from clients.auth import (
+    FixedCredential,
+    TokenRecipe,
+    make_recipe,
+    read_grant,
+    use_api_key,
+    use_basic,
+    use_bearer,
+    use_nothing,
+)
+from clients.http import HttpRequest, HttpResponse
 from clients.limits import Rate
 from clients.verdict import Verdict
 from schemas.events import MoneyEvent, Reference
@@ -22,16 +32,31 @@ from schemas.failure import FailureKind
 from schemas.tenancy import Facility, Name
 
 __all__ = [
+    "Absent",
     "Answer",
+    "Finding",
+    "FixedCredential",
+    "Found",
     "HttpHead",
+    "HttpRequest",
     "HttpResponse",
+    "LookUp",
+    "NextPage",
     "PostingContext",
     "Rate",
     "Request",
     "Target",
     "TargetClass",
     "TargetSettings",
+    "TokenRecipe",
+    "Unclear",
     "Verdict",
+    "make_recipe",
+    "read_grant",
+    "use_api_key",
+    "use_basic",
+    "use_bearer",
+    "use_nothing",
 ]
 
 
@@ -43,7 +68,7 @@ class TargetClass(StrEnum):
     B = "B"
     """Upsert or conditional create: resend."""
     C = "C"
-    """Look up by our reference; post only if absent."""
+    """Look up by our reference (``HttpHead.look_up``); post only if absent."""
     D = "D"
     """Nothing: stop the entity, a person decides."""
 
@@ -93,6 +118,55 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """The look-up saw our posting. ``reference`` is the target's own."""
+
+    reference: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """The look-up saw everything it had to see, and our posting is not there: it is posted."""
+
+
+@dataclass(frozen=True, slots=True)
+class NextPage:
+    """Not on this page, and there are more: ask this next."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Unclear:
+    """The answer does not decide it (two postings with our reference, a list cut short). Asked again later."""
+
+    code: str
+
+
+Finding = Found | Absent | Unclear
+"""What a look-up came to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookUp:
+    """How a target without idempotency key is asked whether a request that may have landed is there. Pure.
+
+    It is asked only when no earlier write of the event can still land, and the event is posted only after ``Absent``.
+    So ``Absent`` needs proof: a whole list, or a search by our reference that this target is known to answer
+    truthfully. In doubt ``Unclear``.
+    """
+
+    ask: Callable[[Request, int, Any], Request]
+    """The look-up for a frozen request, given the wall time (milliseconds since the epoch) before which nothing of it
+    was written, and the instance's settings. It changes nothing at the target."""
+    read: Callable[[HttpResponse, Request, Request, Any], Found | Absent | NextPage | Unclear | None]
+    """Read an answer, given the look-up, the frozen request and the settings; None leaves it to the table of statuses,
+    where 2xx is no answer to the question (``Unclear``). What it raises is ``Unclear``."""
+    visible_after: float = 0.0
+    """Seconds after which the target shows what it has taken: a list that lags behind must not say ``Absent``."""
+
+
+@dataclass(frozen=True, slots=True)
 class PostingContext:
     """What a request may be made of, beside the event: read at freezing time, then frozen."""
 
@@ -105,13 +179,22 @@ class PostingContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpHead:
-    """What the HTTP transport must know of a target. Calls go to these hosts and nowhere else."""
+    """What the HTTP transport must know of a target. Calls go to these hosts and nowhere else.
+
+    Where the vendor has no common host (a server of the site's own, a region) the settings override
+    ``choose_base`` and ``choose_token_url``.
+    """
 
     sandbox: str
-    """Base URL of the vendor's test system, without a slash at the end."""
+    """Base URL of the vendor's test system, without a slash at the end; empty when each site has its own."""
     production: str
-    token_url: str
-    """OAuth2 token endpoint, asked with the refresh token."""
+    credential: Callable[[Any, str], FixedCredential | TokenRecipe]
+    """How calls are authorised, from the settings and the URL of the token endpoint: fixed headers, or the recipe for
+    a token. ``sinks.transport`` has the usual ones (``use_refresh_token``, ``use_client_credentials``)."""
+    token_url: str = ""
+    """Token endpoint, where there is one."""
+    scheme: str = "Bearer"
+    """The word before the token in the authorisation header."""
     rates: tuple[Rate, ...]
     """The vendor's limits per credential."""
     examine: Callable[[HttpResponse, Request, Any], Verdict | None]
@@ -119,6 +202,8 @@ class HttpHead:
     raises at 2xx is AMBIGUOUS."""
     overlay: Mapping[int, FailureKind | None] = field(default_factory=dict)
     """Statuses that mean something else here than in the table."""
+    look_up: LookUp | None = None
+    """Needed at class C. A class A target that has one is asked when its key's window is over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

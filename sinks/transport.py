@@ -11,12 +11,20 @@ import asyncio
 import ssl
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
-from pydantic import Field, FilePath, SecretStr, model_validator
+from pydantic import Field, FilePath, SecretStr, field_validator, model_validator
 
-from clients.auth import OAuthCredential, make_recipe, send_authorised
+from clients.auth import (
+    Credential,
+    FixedCredential,
+    OAuthCredential,
+    TokenRecipe,
+    make_recipe,
+    send_authorised,
+    use_basic,
+)
 from clients.hosts import HostPolicy
 from clients.http import HttpClient, HttpRequest, HttpResponse
 from clients.limits import RateLimiter
@@ -24,7 +32,7 @@ from clients.mllp import MllpClient
 from clients.vault import Vault
 from clients.verdict import Verdict, Verdicts
 from schemas.failure import ConfigurationError, Failure, FailureKind, OperatorError
-from sinks.contract import Answer, HttpHead, Request, Target, TargetSettings
+from sinks.contract import Answer, Finding, HttpHead, NextPage, Request, Target, TargetSettings, Unclear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +51,14 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Close the connections."""
+
+
+@runtime_checkable
+class Finder(Protocol):
+    """A transport that can ask whether a request is at the target."""
+
+    async def find(self, request: Request, first_write_at: int, before_write: Callable[[], None]) -> Finding | Answer:
+        """What the look-up came to, or an ``Answer`` about the target as a whole."""
 
 
 class CallSettings(TargetSettings):
@@ -99,7 +115,11 @@ class MllpTransport:
 
 
 class HttpSettings(CallSettings):
-    """An instance reached over HTTP with OAuth2. Its hosts are the connector's; only a simulator can be named."""
+    """An instance reached over HTTP. Its hosts are the connector's; only a simulator can be named.
+
+    Connectors add what their credential needs: ``RefreshTokenSettings``, ``ClientCredentialsSettings``,
+    ``BasicSettings``, or members of their own.
+    """
 
     environment: Literal["sandbox", "production", "simulator"] = Field(
         description="The vendor's production or test system, or a simulator on this machine."
@@ -108,15 +128,10 @@ class HttpSettings(CallSettings):
         default=None,
         description='With `environment = "simulator"`: its base URL, a loopback address with a port.',
     )
-    client_id: str = Field(min_length=1, description="Client id of the app at the vendor.")
-    client_secret: SecretStr = Field(description="Client secret of the app.")
-    refresh_token: SecretStr = Field(
-        description="Refresh token of the connected account. The vendor replaces it: the newest is kept in "
-        "`token_folder`. After connecting again, put the new one here."
-    )
-    token_folder: Path = Field(
-        description="Folder for tokens in force, mode 0700, owned by the service's user. It must survive restarts: "
-        "without it the account has to be connected again."
+    private_addresses: tuple[str, ...] = Field(
+        default=(),
+        description="Private addresses, networks (`10.20.0.0/16`) or host names that its host may resolve to: for a "
+        "server inside the own network. Without them only public addresses are called.",
     )
 
     @model_validator(mode="after")
@@ -129,11 +144,77 @@ class HttpSettings(CallSettings):
                 raise ValueError("simulator_url is http://127.0.0.1:PORT")
         return self
 
+    @field_validator("private_addresses")
+    @classmethod
+    def _read_private(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        HostPolicy((), private=given)
+        return given
+
     def choose_base(self, head: HttpHead) -> str:
         """Base URL of the system this instance posts to, without a slash at the end."""
         if self.simulator_url is not None:
             return self.simulator_url
         return head.production if self.environment == "production" else head.sandbox
+
+    def choose_token_url(self, head: HttpHead) -> str:
+        """URL of its token endpoint; empty when there is none."""
+        if self.simulator_url is not None and head.token_url:
+            return self.simulator_url + urlsplit(head.token_url).path
+        return head.token_url
+
+
+class RefreshTokenSettings(HttpSettings):
+    """OAuth2 with a refresh token that a person got by connecting the account."""
+
+    client_id: str = Field(min_length=1, description="Client id of the app at the vendor.")
+    client_secret: SecretStr = Field(description="Client secret of the app.")
+    refresh_token: SecretStr = Field(
+        description="Refresh token of the connected account. The vendor replaces it: the newest is kept in "
+        "`token_folder`. After connecting again, put the new one here."
+    )
+    token_folder: Path = Field(
+        description="Folder for tokens in force, mode 0700, owned by the service's user. It must survive restarts: "
+        "without it the account has to be connected again."
+    )
+
+
+class ClientCredentialsSettings(HttpSettings):
+    """OAuth2 with client credentials: the app itself has the account's rights."""
+
+    client_id: str = Field(min_length=1, description="Client id at the vendor.")
+    client_secret: SecretStr = Field(description="Client secret.")
+
+
+class BasicSettings(HttpSettings):
+    """HTTP Basic: a user, or the id of an API key, with its secret."""
+
+    user: str = Field(min_length=1, pattern=r"^[^:]+$", description="User, or id of the API key.")
+    password: SecretStr = Field(description="Password, or secret of the API key.")
+
+
+def use_refresh_token(settings: RefreshTokenSettings, token_url: str) -> TokenRecipe:
+    """The usual OAuth2 renewal: form body, the app by HTTP Basic."""
+    return make_recipe(
+        token_url,
+        grant_type="refresh_token",
+        client_id=settings.client_id,
+        client_secret=settings.client_secret,
+    )
+
+
+def use_client_credentials(settings: ClientCredentialsSettings, token_url: str) -> TokenRecipe:
+    """The usual OAuth2 client credentials: form body, the app by HTTP Basic, no scope."""
+    return make_recipe(
+        token_url,
+        grant_type="client_credentials",
+        client_id=settings.client_id,
+        client_secret=settings.client_secret,
+    )
+
+
+def use_user(settings: BasicSettings, _token_url: str) -> FixedCredential:
+    """HTTP Basic."""
+    return use_basic(settings.user, settings.password)
 
 
 class HttpTransport:
@@ -149,34 +230,60 @@ class HttpTransport:
         self.call_deadline = settings.call_deadline_seconds
         self._head = head
         self._settings = settings
-        token_url = head.token_url
-        if settings.simulator_url is not None:
-            token_url = settings.simulator_url + urlsplit(head.token_url).path
+        base, token_url = settings.choose_base(head), settings.choose_token_url(head)
+        allowed = settings.private_addresses
         self._client = HttpClient(
-            max_connections=settings.connections + 1,  # one for the token
+            max_connections=settings.connections + bool(token_url),
             connect_timeout=min(5.0, settings.call_deadline_seconds),
             policy=HostPolicy(
-                (settings.choose_base(head), token_url),
-                private=() if settings.simulator_url is None else ("127.0.0.1",),
+                (base, token_url) if token_url else (base,),
+                private=allowed if settings.simulator_url is None else (*allowed, "127.0.0.1"),
             ),
         )
-        self._credential = OAuthCredential(
-            make_recipe(
-                token_url,
-                grant_type="refresh_token",
-                client_id=settings.client_id,
-                client_secret=settings.client_secret,
-            ),
-            self._client,
-            seed=settings.refresh_token,
-            vault=Vault(settings.token_folder, settings.name),
-            deadline=settings.call_deadline_seconds,
-        )
+        self._credential = _open_credential(head, settings, token_url, self._client)
         self._limiter = RateLimiter(head.rates)
         self._is_open = False
 
     async def send(self, request: Request, before_write: Callable[[], None]) -> Answer:
         """Send once, or twice after a 401, and judge the last answer."""
+        response = await self._exchange(request, before_write)
+        answer = judge_response(self._head, response, request, self._settings, now=time.time())
+        self._heed(answer)
+        return answer
+
+    async def find(self, request: Request, first_write_at: int, before_write: Callable[[], None]) -> Finding | Answer:
+        """Ask whether a frozen request is at the target, page by page. An ``Answer`` when the look-up itself failed.
+
+        Raises ``Failure`` as ``send`` does, but nothing of it is AMBIGUOUS: a look-up changes nothing.
+        """
+        look_up = self._head.look_up
+        assert look_up is not None, "only a target with a look-up is asked"
+        try:
+            page = look_up.ask(request, first_write_at, self._settings)
+        except Exception as error:  # noqa: BLE001 - a connector's fault decides nothing about the posting
+            return Unclear(type(error).__name__)
+        for _ in range(_MOST_PAGES):
+            try:
+                response = await self._exchange(page, before_write)
+            except Failure as failure:
+                if failure.kind is FailureKind.AMBIGUOUS:
+                    raise Failure(FailureKind.UNAVAILABLE, failure.code) from None
+                raise
+            read = read_finding(self._head, response, page, request, self._settings, now=time.time())
+            if not isinstance(read, NextPage):
+                if isinstance(read, Answer):
+                    self._heed(read)
+                return read
+            page = read.request
+        return Unclear("TOO_MANY_PAGES")
+
+    async def close(self) -> None:
+        """Let a token renewal end, then close the connections."""
+        await self._credential.close()
+        if self._is_open:
+            await self._client.__aexit__(None, None, None)
+
+    async def _exchange(self, request: Request, before_write: Callable[[], None]) -> HttpResponse:
         if not self._is_open:
             self._is_open = True
             await self._client.__aenter__()
@@ -196,17 +303,30 @@ class HttpTransport:
         except OperatorError as error:
             # Of the token's store: before the first write, or after a 401. Nothing was applied, a person must look.
             raise Failure(FailureKind.AUTH, error.code) from None
+        return response
 
-        answer = judge_response(self._head, response, request, self._settings, now=time.time())
+    def _heed(self, answer: Answer) -> None:
         if answer.kind is FailureKind.RATE_LIMITED:
             self._limiter.drain(answer.retry_after)
-        return answer
 
-    async def close(self) -> None:
-        """Let a token renewal end, then close the connections."""
-        await self._credential.close()
-        if self._is_open:
-            await self._client.__aexit__(None, None, None)
+
+_MOST_PAGES = 50
+"""Of one look-up: a list that never ends must not hold a connection for ever."""
+
+
+def _open_credential(head: HttpHead, settings: HttpSettings, token_url: str, client: HttpClient) -> Credential:
+    way = head.credential(settings, token_url)
+    if isinstance(way, FixedCredential):
+        return way
+    kept = settings if isinstance(settings, RefreshTokenSettings) else None
+    return OAuthCredential(
+        way,
+        client,
+        seed=None if kept is None else kept.refresh_token,
+        vault=None if kept is None else Vault(kept.token_folder, settings.name),
+        scheme=head.scheme,
+        deadline=settings.call_deadline_seconds,
+    )
 
 
 def judge_response(
@@ -225,6 +345,26 @@ def judge_response(
     # What the connector read in the body is about this event, the status alone about the target.
     is_outage = verdict.kind is FailureKind.UNAVAILABLE and not named
     return Answer(verdict.kind, verdict.code, verdict.reference, verdict.retry_after or 0.0, is_outage)
+
+
+def read_finding(
+    head: HttpHead, response: HttpResponse, page: Request, request: Request, settings: TargetSettings, *, now: float
+) -> Finding | NextPage | Answer:
+    """What an answer to a look-up says. An ``Answer`` when it was no answer to the question but about the target."""
+    assert head.look_up is not None, "only a target with a look-up is asked"
+    try:
+        read = head.look_up.read(response, page, request, settings)
+    except Exception as error:  # noqa: BLE001 - an answer that cannot be read decides nothing
+        return Unclear(type(error).__name__)
+    if read is not None:
+        return read
+    verdict = Verdicts(overlay=head.overlay, reads=True).judge(response, now=now)
+    if verdict.kind in _ABOUT_TARGET:
+        return Answer(verdict.kind, verdict.code, "", verdict.retry_after or 0.0, is_outage=True)
+    return Unclear(verdict.code)
+
+
+_ABOUT_TARGET = frozenset({FailureKind.AUTH, FailureKind.RATE_LIMITED, FailureKind.UNAVAILABLE})
 
 
 def open_transport(target: Target, settings: TargetSettings) -> Transport:

@@ -45,7 +45,7 @@ from sinks.contract import (
     TargetClass,
     Verdict,
 )
-from sinks.transport import HttpSettings
+from sinks.transport import RefreshTokenSettings, use_refresh_token
 
 _MAPPING = Path(__file__).parent.parent / "mappings" / "quickbooks_online.yaml"
 _PLACE = re.compile(r"([A-Z][A-Za-z]{1,40})(\.value)?\Z")
@@ -74,7 +74,7 @@ _FAULTS: Final = {
 only be assumed."""
 
 
-class QuickBooksSettings(HttpSettings):
+class QuickBooksSettings(RefreshTokenSettings):
     """One company in QuickBooks Online."""
 
     connections: int = Field(default=4, ge=1, le=10, description="Calls under way at once; Intuit allows 10.")
@@ -239,6 +239,7 @@ def _derive(text: str, length: int) -> str:
 _HTTP = HttpHead(
     sandbox="https://sandbox-quickbooks.api.intuit.com",
     production="https://quickbooks.api.intuit.com",
+    credential=use_refresh_token,
     token_url="https://oauth.platform.intuit.com/oauth2/v1/tokens/bearer",  # noqa: S106 - an address
     rates=(Rate(500, 60.0, burst=10), Rate(10, 1.0)),
     examine=examine,
