@@ -184,3 +184,38 @@ class DeliveryOutcome(msgspec.Struct, kw_only=True):
     reference: str
     """The target's own reference of the posting, where it gives one."""
     decided_at: int
+
+
+class Action(StrEnum):
+    """What a person may decide about an event at a target."""
+
+    REDRIVE = "redrive"
+    """Begin again with an event that the target surely does not have; with ``value`` as an edited version."""
+    WAIVE = "waive"
+    """End it without a posting; later events of its entity go on."""
+    POSTED = "posted"
+    """Its unknown outcome is: the target has it."""
+    NOT_POSTED = "not_posted"
+    """Its unknown outcome is: the target does not have it. The same bytes are sent again."""
+
+
+class Decision(msgspec.Struct, kw_only=True):
+    """What a person decided about one attempt: value of `decisions.<target>`, keyed by event id; a PHI topic.
+
+    It counts only for the attempt it names: the event at ``offset`` of ``topic`` with this many calls begun
+    (``attempt``) and this many decisions taken before (``round``).
+    """
+
+    decision_id: str
+    target: str
+    event_id: str
+    topic: str
+    offset: int
+    attempt: int
+    round: int
+    action: str
+    reference: str
+    """The target's own reference, as the person found it; empty when there is none."""
+    value: bytes | None = None
+    """The edited canonical event that takes the place of the one read."""
+    decided_at: int

@@ -31,6 +31,7 @@ SCHEMA_NAMES = (
     "review",
     "waiting_entry",
     "delivery_outcome",
+    "decision",
 )
 """Every Avro schema of ours: ``schemas/<name>.avsc``."""
 

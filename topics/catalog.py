@@ -95,6 +95,11 @@ def name_attempts(target: str) -> str:
     return f"attempts.{target}"
 
 
+def name_decisions(target: str) -> str:
+    """What people decided about events at a target instance; its partitions are those of the attempts."""
+    return f"decisions.{target}"
+
+
 def list_topics(sources: Iterable[str], targets: Iterable[str]) -> tuple[Topic, ...]:
     """All topics of a deployment with these sources (gateways and ``hl7``) and target instances."""
     topics = [
@@ -157,6 +162,16 @@ def list_topics(sources: Iterable[str], targets: Iterable[str]) -> tuple[Topic, 
             retention_ms=90 * DAY_MS,
             phi=True,
         ),
+        Topic(
+            name=AUDIT,
+            purpose="Every act of a person, each with the hash of the one before.",
+            key="actor",
+            schema=None,
+            writer="desk",
+            readers="desk, auditors",
+            retention_ms=SEVEN_YEARS_MS,
+            partitions=1,
+        ),
     ]
     for source in sources:
         topics.extend(_list_source_topics(source))
@@ -169,6 +184,19 @@ def list_topics(sources: Iterable[str], targets: Iterable[str]) -> tuple[Topic, 
             writer="deliverer",
             readers="deliverer",
             cleanup="compact",
+            phi=True,
+        )
+        for target in targets
+    )
+    topics.extend(
+        Topic(
+            name=name_decisions(target),
+            purpose=f"What people decided about events at {target}; edited events included.",
+            key="event id",
+            schema="decision",
+            writer="desk",
+            readers="deliverer",
+            retention_ms=90 * DAY_MS,
             phi=True,
         )
         for target in targets

@@ -20,6 +20,7 @@ TYPES = {
     "review": events.Review,
     "waiting_entry": events.WaitingEntry,
     "delivery_outcome": events.DeliveryOutcome,
+    "decision": events.Decision,
 }
 
 

@@ -29,14 +29,17 @@ def test_all_topics_of_a_deployment():
         "raw.hl7",
         "seen.hl7",
         "attempts.epic-north",
+        "decisions.epic-north",
+        "audit",
     }
     assert len(list_topics(["stripe", "hl7"], ["epic-north"])) == len(TOPICS)
 
 
 def test_state_is_aligned_with_its_raw_topic():
-    for name in ("raw.stripe", "seen.stripe", "waiting.stripe", "lineage.stripe", "attempts.epic-north"):
+    for name in ("raw.stripe", "seen.stripe", "waiting.stripe", "lineage.stripe", "attempts.epic-north",
+                 "decisions.epic-north"):  # fmt: skip
         assert TOPICS[name].partitions == 0, "the flow's own count"
-    assert TOPICS["frontiers"].partitions == 1
+    assert TOPICS["frontiers"].partitions == TOPICS["audit"].partitions == 1
 
 
 def test_state_that_must_not_expire_is_only_compacted():
@@ -76,6 +79,7 @@ def test_whatever_holds_payloads_or_patients_is_marked():
         "waiting.stripe",
         "lineage.stripe",
         "attempts.epic-north",
+        "decisions.epic-north",
     }
 
 

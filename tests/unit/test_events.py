@@ -22,6 +22,7 @@ STRUCTS = {
     "review": events.Review,
     "waiting_entry": events.WaitingEntry,
     "delivery_outcome": events.DeliveryOutcome,
+    "decision": events.Decision,
 }
 NAMED = {"Money": Money, "Reference": events.Reference}
 

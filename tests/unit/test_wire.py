@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.events import (
+    Decision,
     DeliveryOutcome,
     Disposition,
     MoneyEvent,
@@ -29,6 +30,7 @@ TYPES = {
     "review": Review,
     "waiting_entry": WaitingEntry,
     "delivery_outcome": DeliveryOutcome,
+    "decision": Decision,
 }
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
 LONG = st.integers(-(2**63), 2**63 - 1)
