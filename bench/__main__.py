@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +20,44 @@ from bench.ground import RAW, ROOT, SMALL_RAW, BenchBroken, Ground
 from bench.latency import measure_latency
 from bench.meter import build_ratios
 from bench.outputs import WrongOutput
-from bench.profiler import record_profile, write_summary
+from bench.plan import estimate_minutes
+from bench.profiler import sample, write_summary
 from bench.scenario import Run
 from bench.scenarios import SCENARIOS, ours_full, ours_mapping
 from bench.webhooks import Traffic
 
 RESULTS = Path(__file__).with_name("results")
 LATENCY_SECONDS = 20.0
-PROFILED = 200_000
-"""Events of a profiled run."""
+LOW_RATE = 200.0
+"""Events a second at low load."""
 REDPANDA_CONNECT = 100.0
 """CPU seconds per million of the same mapping, measured once by hand on this kind of machine; quoted, not run."""
+
+QUIET_CORES = 0.2
+"""Cores that other processes may keep busy before the table says that the machine was not quiet."""
 
 FLOORS = {
     "cpu_per_event_vs_kafka_streams": (1.0, 0.8),
     "cpu_per_event_vs_quixstreams": (0.5, None),
     "cpu_per_event_vs_faust": (0.04, None),
     "full_cpu_per_event_vs_kafka_streams": (None, 1.0),
+    "cpu_per_event_two_processes": (1.1, None),
+    "low_load_p99_ms": (50.0, None),
 }
-"""Largest ratio of the floor and of the goal."""
+"""Largest value of the floor and of the goal."""
 
 
 def main() -> int:
     """Exit code: 0 when every contender that ran wrote the right output, 1 otherwise."""
     options = parse_options()
-    console = Console(width=130)
+    console = Console(width=140)
     report = describe_machine(options)
-    console.print(f"[dim]load at start: {report['load_at_start']}, {report['processors']} processors[/dim]")
+    report["planned_minutes"] = round(estimate_minutes(options, read_last(RESULTS / "latest.json")), 1)
+    minutes = report["planned_minutes"]
+    console.print(f"planned: {minutes:.0f} minutes on a quiet machine; load now {report['load_at_start'][0]:.1f}, "
+                  f"{report['processors']} processors")  # fmt: skip
+    if options.plan:
+        return 0
     traffic = Traffic(max(options.events, options.faust_events) + int(options.latency_seconds * 200_000), options.seed)
     results: dict[str, dict[str, Any]] = {}
     report["results"] = results
@@ -69,7 +81,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="run these only")
     parser.add_argument("--no-scaling", action="store_true", help="leave out the runs with 1/4 and 1/2 of the events")
     parser.add_argument("--latency-seconds", type=float, default=LATENCY_SECONDS, help="0 leaves latency out")
-    parser.add_argument("--profile", action="store_true", help="also profile the worker (in runs of their own)")
+    parser.add_argument(
+        "--profile", action="store_true", help="profile the worker too: full and mapping, those of --only, in own runs"
+    )
+    parser.add_argument("--plan", action="store_true", help="only print how many minutes it would take")
     parser.add_argument("--out", type=Path, default=RESULTS / "latest.json")
     options = parser.parse_args()
     if not 8_000 <= options.events <= 4_000_000 or not 1_000 <= options.faust_events <= options.events:
@@ -100,6 +115,15 @@ def describe_machine(options: argparse.Namespace) -> dict[str, Any]:
         "events": options.events,
         "quoted": {"redpanda_connect_cpu_per_million": REDPANDA_CONNECT},
     }
+
+
+def read_last(path: Path) -> dict[str, Any]:
+    """Results of the last run kept here; empty without."""
+    try:
+        last: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return last
 
 
 def read_processor() -> str:
@@ -135,21 +159,23 @@ class Bench:
         full = self._report["results"].get("full", {})
         if "events_per_second" in full:
             if self._options.latency_seconds:
-                self._measure_latency(full["events_per_second"] / 2)
+                self._report["latency"] = {}
+                self._measure_latency("half_load", full["events_per_second"] / 2)
+                self._measure_latency("low_load", LOW_RATE)
             if not self._options.no_scaling:
                 self._scale(full)
         if self._options.profile:
             self._profile()
 
-    def _measure_latency(self, rate: float) -> None:
-        self._tell(f"latency at half load, {rate:.0f} events/s")
+    def _measure_latency(self, name: str, rate: float) -> None:
+        self._tell(f"latency at {name.replace('_', ' ')}, {rate:.0f} events/s")
         seconds = self._options.latency_seconds
         try:
             latency = measure_latency(self._ground, ours_full.SCENARIO, rate=rate, seconds=seconds)
         except BenchBroken as error:
             latency = {"error": str(error)}
-            self._console.print(f"[red]latency: {error}[/red]")
-        self._report["latency"] = latency
+            self._console.print(f"latency: {error}", style="red", markup=False)
+        self._report["latency"][name] = latency
         self.save()
 
     def _scale(self, full: dict[str, Any]) -> None:
@@ -171,8 +197,12 @@ class Bench:
         """Write what is known so far: an interrupted run is not lost."""
         out = self._options.out
         out.parent.mkdir(parents=True, exist_ok=True)
-        self._report["ratios"] = build_ratios(self._report["results"])
-        self._report.update(self._report["ratios"])
+        ratios = build_ratios(self._report["results"])
+        low = self._report.get("latency", {}).get("low_load", {})
+        if "p99_ms" in low:
+            ratios["low_load_p99_ms"] = low["p99_ms"]
+        self._report["ratios"] = ratios
+        self._report.update(ratios)
         out.write_text(json.dumps(self._report, indent=1) + "\n", "utf-8")
 
     def _measure(self, scenario: Any) -> dict[str, Any]:
@@ -182,7 +212,7 @@ class Bench:
                 self._ground.wipe()
             figures = Run(self._ground, scenario).execute()
         except (WrongOutput, BenchBroken) as error:
-            self._console.print(f"[red]{scenario.name}: {error}[/red]")
+            self._console.print(f"{scenario.name}: {error}", style="red", markup=False)
             return {"title": scenario.title, "error": f"{type(error).__name__}: {error}"}
         self._tell(
             f"  {figures['events']} events right, {figures['events_per_second']:.0f}/s, "
@@ -191,33 +221,67 @@ class Bench:
         return figures
 
     def _profile(self) -> None:
+        """Per-function time of both threads, in runs of their own over the whole log."""
         RESULTS.mkdir(exist_ok=True)
-        self._empty_log()
-        self._ground.load(RAW, min(PROFILED, self._options.events))
+        if len(self._ground.hops.get(RAW, ())) < self._options.events:
+            self._empty_log()
+            self._ground.load(RAW, self._options.events)
         for scenario in (ours_full.SCENARIO, ours_mapping.SCENARIO):
+            if scenario.name not in self._options.only:
+                continue
             self._tell(f"profile: {scenario.title}")
             folded = self._ground.folder / f"{scenario.name}.folded"
             self._ground.wipe()
-            Run(self._ground, scenario, observe=lambda pid, target=folded: record_profile(pid, target)).execute()
-            summary = write_summary(folded.read_text("utf-8"))
-            (RESULTS / f"profile-{scenario.name}.txt").write_text(summary, "utf-8")
+            run = Run(self._ground, scenario, observe=partial(sample, target=folded))
+            try:
+                figures = run.execute()
+            except (WrongOutput, BenchBroken) as error:
+                self._console.print(f"profile: {error}", style="red", markup=False)
+                continue
+            unobserved = self._report["results"].get(scenario.name, {}).get("cpu_per_million")
+            self._tell(f"  {figures['cpu_per_million']:.1f} CPU s per million under the profiler"
+                       + (f", {unobserved:.1f} without" if unobserved else ""))  # fmt: skip
+            summary = write_summary(
+                folded.read_text("utf-8"),
+                events=figures["measured_events"],
+                cpu_per_million=figures["cpu_per_million"],
+                threads=figures["threads_cpu_per_million"],
+            )
+            path = RESULTS / f"profile-{scenario.name}.txt"
+            path.write_text(summary, "utf-8")
+            self._console.print(f"written: {path}")
+            self._console.print(shorten(summary), markup=False, highlight=False)
 
     def _tell(self, text: str) -> None:
         now = dt.datetime.now(dt.UTC).strftime("%H:%M:%S")
         self._console.print(f"[dim]{now}[/dim] {text}")
 
 
+def shorten(summary: str, most: int = 15) -> str:
+    """A profile's head and, of each thread, the functions that cost most themselves."""
+    lines, left = [], most
+    for line in summary.splitlines():
+        if line.startswith(("==", "itself")):
+            left = most
+        elif line.startswith("with all"):
+            left = 0
+        if left > 0:
+            lines.append(line)
+            left -= 1
+    return "\n".join(lines)
+
+
 def print_table(console: Console, report: dict[str, Any]) -> None:
     """All figures for people."""
     table = Table(title=f"CPU per million events, warm ({report['commit'][:12]}, {report['date']})")
     table.add_column("contender")
-    for name in ("events", "events/s", "CPU s/M", "whole run", "broker", "Redis", "peak MiB"):
+    for name in ("events", "events/s", "CPU s/M", "whole run", "broker", "Redis", "peak MiB", "others, cores"):
         table.add_column(name, justify="right")
     rows = list(report["results"].items())
     rows += [(f"full, {count}", figures) for count, figures in report.get("scaling", {}).items()]
     for title, figures in rows:
         if "error" in figures:
-            table.add_row(title, *["failed"] * 7)
+            table.add_row(title, *["failed"] * 8)
             continue
         table.add_row(
             title,
@@ -228,15 +292,23 @@ def print_table(console: Console, report: dict[str, Any]) -> None:
             f"{figures['broker_cpu_per_million']:.1f}",
             f"{figures['redis_cpu_per_million']:.1f}",
             f"{figures['peak_rss_mib']:.0f}",
+            f"{figures['foreign_cores']:.2f}",
         )
-    table.add_row("Redpanda Connect (quoted)", "", "", f"{REDPANDA_CONNECT:.0f}", "", "", "", "")
+    table.add_row("Redpanda Connect (quoted)", "", "", f"{REDPANDA_CONNECT:.0f}", "", "", "", "", "")
     console.print(table)
-    latency = report.get("latency")
-    if latency is not None and "error" not in latency:
+    noisy = [title for title, figures in rows if figures.get("foreign_cores", 0.0) > QUIET_CORES]
+    if noisy:
         console.print(
-            f"latency at {latency['events_per_second']:.0f} events/s: p50 {latency['p50_ms']:.0f} ms, "
-            f"p99 {latency['p99_ms']:.0f} ms, largest {latency['max_ms']:.0f} ms"
+            f"[yellow]Not quiet: other processes kept more than {QUIET_CORES} cores busy during {', '.join(noisy)}. "
+            "Rates and latencies of these count for little, CPU for less than it looks.[/yellow]"
         )
+    for name, latency in report.get("latency", {}).items():
+        if "error" not in latency:
+            console.print(
+                f"{name.replace('_', ' ')}, {latency['events_per_second']:.0f} events/s: "
+                f"p50 {latency['p50_ms']:.0f} ms, p99 {latency['p99_ms']:.0f} ms, largest {latency['max_ms']:.0f} ms; "
+                f"the sender was late by up to {latency['worst_delay_of_sender_ms']:.0f} ms"
+            )
     for name, ratio in report["ratios"].items():
         floor, goal = FLOORS.get(name, (None, None))
         console.print(f"{name}: {ratio:.3f}{judge(ratio, floor, 'floor')}{judge(ratio, goal, 'goal')}")

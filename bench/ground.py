@@ -19,7 +19,7 @@ from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition, 
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from bench import webhooks
-from bench.meter import Mark, Meter
+from bench.meter import Mark, Meter, read_busy
 from runtime.settings import ensure_secrets, read_settings
 from runtime.stack import EmbeddedStack
 from schemas.events import PatientRecord, Reference
@@ -257,14 +257,10 @@ class Ground:
     def read_mark(self, meter: Meter, events: int) -> Mark:
         """One reading of all meters."""
         meter.read_rss()
-        return Mark(
-            time.monotonic(),
-            events,
-            meter.read_cpu(),
-            self._broker.read_cpu(),
-            self._redis.read_cpu(),
-            meter.read_threads(),
-        )
+        cpu, broker, redis = meter.read_cpu(), self._broker.read_cpu(), self._redis.read_cpu()
+        others = read_busy() - cpu - broker - redis - time.process_time()
+        threads, own = meter.read_threads(), meter.read_shares()
+        return Mark(time.monotonic(), events, cpu, broker, redis, threads, own, others)
 
 
 class Progress:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,8 @@ from topics import catalog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from subprocess import Popen
 
 WARM_FROM = 0.25
 """CPU and rate are taken from this share of the events on: start-up and warming up are told apart."""
@@ -41,6 +44,8 @@ class Scenario:
     check: Literal["mapped", "enriched", "copied"] = "mapped"
     small: bool = False
     """Gets the small input only, because it is slow."""
+    processes: int = 1
+    """That many are started, each with its number as the argument ``slot``."""
 
     @property
     def raw(self) -> str:
@@ -50,11 +55,14 @@ class Scenario:
 
 @dataclass(slots=True)
 class Run:
-    """A contender at work: started, observed, stopped, checked. ``observe`` is called with its pid once it is warm."""
+    """A contender at work: started, observed, stopped, checked.
+
+    ``observe`` is entered with its pid once it is warm, before the first reading that counts, and left after the last.
+    """
 
     ground: Ground
     scenario: Scenario
-    observe: Callable[[int], None] | None = None
+    observe: Callable[[int], AbstractContextManager[None]] | None = None
 
     def execute(self) -> dict[str, Any]:
         """Figures of one run. Raises ``WrongOutput`` or ``BenchBroken``."""
@@ -74,46 +82,55 @@ class Run:
             "scratch": str(ground.folder / "scratch" / scenario.name),
         }
         Path(arguments["scratch"]).mkdir(parents=True, exist_ok=True)
-        command = scenario.command(ground, arguments)
-        process = ground.start(command)
-        meter = Meter([process.pid])
+        commands = [scenario.command(ground, arguments | {"slot": slot}) for slot in range(scenario.processes)]
+        processes = [ground.start(command) for command in commands]
+        meter = Meter([process.pid for process in processes])
         try:
-            first, last = self._follow(process, meter, output)
+            first, last = self._follow(processes, meter, output)
         finally:
-            ground.stop(process)
+            for process in processes:
+                ground.stop(process)
         count = self._check(output)
-        whole = Mark(first[0].at, 0, 0.0, first[0].broker, first[0].redis)
         result = {
             "title": scenario.title,
             "events": count,
+            "measured_events": last.events - first[1].events,
             **compare_marks(first[1], last),
-            "whole_run": compare_marks(whole, Mark(last.at, count, last.cpu, last.broker, last.redis)),
+            "whole_run": compare_marks(replace(first[0], cpu=0.0, own=(0.0,) * len(first[0].own)), last),
             "threads_cpu_per_million": compare_threads(first[1], last),
             "peak_rss_mib": meter.peak_rss / 2**20,
+            "load": [round(value, 2) for value in os.getloadavg()],
         }
+        if scenario.processes > 1:
+            shares = [after - before for before, after in zip(first[1].own, last.own, strict=True)]
+            if min(shares) < sum(shares) / scenario.processes / 4:
+                raise BenchBroken(f"the work was not shared: {', '.join(f'{share:.1f} CPU s' for share in shares)}")
         if not scenario.output:
             ground.delete_topics([output])
         return result
 
-    def _follow(self, process: Any, meter: Meter, output: str) -> tuple[tuple[Mark, Mark], Mark]:
+    def _follow(self, processes: list[Popen[bytes]], meter: Meter, output: str) -> tuple[tuple[Mark, Mark], Mark]:
         """Readings at the start, when warm, and at the end."""
         ground, scenario = self.ground, self.scenario
+        observed = contextlib.ExitStack()
         ends = ground.read_ends(scenario.raw)
         total = sum(ends.values())
         start = ground.read_mark(meter, 0)
         warm: Mark | None = None
-        with contextlib.closing(ground.watch(scenario.group, output)) as progress:
+        with observed, contextlib.closing(ground.watch(scenario.group, output)) as progress:
             written, moved = 0, time.monotonic()
             while True:
                 now = progress.count_written()
                 if now != written:
                     written, moved = now, time.monotonic()
-                if process.poll() is not None or time.monotonic() - moved > _STALL_SECONDS:
-                    raise BenchBroken(f"{scenario.name} stopped at {written}:\n{ground.read_log(process)}")
+                ended = [process for process in processes if process.poll() is not None]
+                if ended or time.monotonic() - moved > _STALL_SECONDS:
+                    log = ground.read_log((ended or processes)[0])
+                    raise BenchBroken(f"{scenario.name} stopped at {written}:\n{log}")
                 if warm is None and written >= total * WARM_FROM:
-                    warm = ground.read_mark(meter, written)
                     if self.observe is not None:
-                        self.observe(process.pid)
+                        observed.enter_context(self.observe(processes[0].pid))
+                    warm = ground.read_mark(meter, progress.count_written())
                 done = progress.has_committed(scenario.raw, ends) if scenario.transactional else written >= total
                 if written >= total and done:
                     last = ground.read_mark(meter, total)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bench.scenarios import faust_stock, kafka_streams, ours_full, ours_mapping, passthrough, quix
+from bench.scenarios import (
+    faust_stock,
+    kafka_streams,
+    ours_full,
+    ours_mapping,
+    ours_two_processes,
+    passthrough,
+    quix,
+)
 
 if TYPE_CHECKING:
     from bench.scenario import Scenario
@@ -16,4 +24,5 @@ SCENARIOS: tuple[Scenario, ...] = (
     quix.SCENARIO,
     faust_stock.SCENARIO,
     passthrough.SCENARIO,
+    ours_two_processes.SCENARIO,
 )

@@ -12,7 +12,7 @@ import pytest
 
 from bench.meter import Mark, build_ratios, compare_marks, compare_threads, find_percentile
 from bench.outputs import SCHEMA, Checker, WrongOutput, parse_schema
-from bench.profiler import sum_up
+from bench.profiler import sum_up, write_summary
 from bench.webhooks import Traffic, expect_event, expect_headers, read_number
 
 PROGRAMS = Path(__file__).parents[2] / "bench" / "programs"
@@ -132,14 +132,15 @@ def test_a_webhook_is_json_of_the_size_it_claims_and_a_longer_log_begins_the_sam
 
 
 def test_rates_are_those_between_the_readings():
-    first = Mark(10.0, 1_000, 2.0, 5.0, 0.5, {"a": 1.0, "b": 1.0})
-    last = Mark(12.0, 5_000, 2.2, 5.1, 0.5, {"a": 1.2, "b": 1.0, "c": 0.4})
+    first = Mark(10.0, 1_000, 2.0, 5.0, 0.5, {"a": 1.0, "b": 1.0}, others=7.0)
+    last = Mark(12.0, 5_000, 2.2, 5.1, 0.5, {"a": 1.2, "b": 1.0, "c": 0.4}, others=7.5)
     assert compare_marks(first, last) == pytest.approx(
         {
             "events_per_second": 2_000,
             "cpu_per_million": 50,
             "broker_cpu_per_million": 25,
             "redis_cpu_per_million": 0,
+            "foreign_cores": 0.25,
         }
     )
     assert compare_threads(first, last) == {"c": 100.0, "a": 50.0}
@@ -159,25 +160,44 @@ def test_percentiles_are_of_the_nearest_rank():
 
 def test_ratios_leave_out_contenders_without_a_result():
     results = {
-        "full": {"cpu_per_million": 30.0},
-        "mapping": {"cpu_per_million": 20.0},
-        "kafka-streams": {"cpu_per_million": 25.0},
+        "full": {"cpu_per_million": 30.0, "whole_run": {"cpu_per_million": 33.0}},
+        "mapping": {"cpu_per_million": 20.0, "whole_run": {"cpu_per_million": 22.0}},
+        "kafka-streams": {"cpu_per_million": 25.0, "whole_run": {"cpu_per_million": 44.0}},
         "quixstreams": {"error": "WrongOutput"},
-        "passthrough": {"cpu_per_million": 10.0},
+        "passthrough": {"cpu_per_million": 10.0, "whole_run": {"cpu_per_million": 11.0}},
     }
     assert build_ratios(results) == pytest.approx(
         {
             "cpu_per_event_vs_kafka_streams": 0.8,
+            "cpu_per_event_vs_kafka_streams_whole_run": 0.5,
             "full_cpu_per_event_vs_kafka_streams": 1.2,
+            "full_cpu_per_event_vs_kafka_streams_whole_run": 0.75,
             "passthrough_ratio": 3.0,
+            "passthrough_ratio_whole_run": 3.0,
             "mapping_passthrough_ratio": 2.0,
+            "mapping_passthrough_ratio_whole_run": 2.0,
         }
     )
 
 
-def test_a_profile_is_summed_up_by_function():
-    folded = "thread 1;main (a.py:1);work (b.py:3) 3\nthread 1;main (a.py:2);main (a.py:9) 1\n"
-    total, own, whole = sum_up(folded)
-    assert total == 4
-    assert own == {"work (b.py)": 3, "main (a.py)": 1}
-    assert whole == {"main (a.py)": 4, "work (b.py)": 3}
+def test_a_profile_is_summed_up_by_thread_and_function():
+    folded = (
+        "thread (1): MainThread;main (a.py:1);work (b.py:3) 3\n"
+        "thread (1): MainThread;main (a.py:2);main (a.py:9) 1\n"
+        "thread (2): kafka-x_0;poll (c.py:7) 2\n"
+    )
+    threads = sum_up(folded)
+    assert set(threads) == {"MainThread", "kafka-x_0"}
+    assert threads["MainThread"].total == 4
+    assert threads["MainThread"].own == {"work (b.py)": 3, "main (a.py)": 1}
+    assert threads["MainThread"].whole == {"main (a.py)": 4, "work (b.py)": 3}
+    assert threads["kafka-x_0"].own == {"poll (c.py)": 2}
+
+
+def test_a_profile_is_given_in_microseconds_an_event():
+    summary = write_summary(
+        "thread (1): MainThread;main (a.py:1) 400\n", events=100_000, cpu_per_million=25.0, threads={"python 0": 24.5}
+    )
+    assert "== MainThread: 20.0 us an event" in summary
+    assert "   20.00  main (a.py)" in summary
+    assert "   24.50  python 0" in summary
