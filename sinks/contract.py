@@ -34,6 +34,7 @@ from schemas.tenancy import Facility, Name
 __all__ = [
     "Absent",
     "Answer",
+    "Completion",
     "Finding",
     "FixedCredential",
     "Found",
@@ -166,6 +167,21 @@ class LookUp:
     """Seconds after which the target shows what it has taken: a list that lags behind must not say ``Absent``."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What a request cannot know when it is frozen: the id that the target gave to the parent's posting. Pure.
+
+    Read from the target before each write of a request that needs it. The URL is all that may differ from what was
+    frozen: body, key and reference stay.
+    """
+
+    ask: Callable[[Request, Any], Request | None]
+    """The question, which changes nothing at the target; None when the request is whole as it was frozen."""
+    read: Callable[[HttpResponse, Request, Any], str | Verdict | None]
+    """The whole URL to write to, or why nothing is written: UNAVAILABLE (not there yet) or REJECTED. None leaves it to
+    the table of statuses, where 2xx is UNAVAILABLE. What it raises is UNAVAILABLE."""
+
+
 @dataclass(frozen=True, slots=True)
 class PostingContext:
     """What a request may be made of, beside the event: read at freezing time, then frozen."""
@@ -202,6 +218,10 @@ class HttpHead:
     raises at 2xx is AMBIGUOUS."""
     overlay: Mapping[int, FailureKind | None] = field(default_factory=dict)
     """Statuses that mean something else here than in the table."""
+    completion: Completion | None = None
+    """For requests that lack an id when they are frozen."""
+    regions: tuple[str, ...] = ()
+    """Further origins that the settings may choose (data centres), for the list of hosts that are called."""
     look_up: LookUp | None = None
     """Needed at class C. A class A target that has one is asked when its key's window is over."""
 

@@ -8,6 +8,7 @@ A transport sends once and returns the answer: its bytes, or what it means where
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import ssl
 import time
 from pathlib import Path
@@ -245,8 +246,12 @@ class HttpTransport:
         self._is_open = False
 
     async def send(self, request: Request, before_write: Callable[[], None]) -> Answer:
-        """Send once, or twice after a 401, and judge the last answer."""
-        response = await self._exchange(request, before_write)
+        """Send once, or twice after a 401, and judge the last answer; first asks for what the request lacks."""
+        url = await self._complete(request, before_write)
+        if isinstance(url, Answer):
+            self._heed(url)
+            return url
+        response = await self._exchange(dataclasses.replace(request, url=url), before_write)
         answer = judge_response(self._head, response, request, self._settings, now=time.time())
         self._heed(answer)
         return answer
@@ -282,6 +287,21 @@ class HttpTransport:
         await self._credential.close()
         if self._is_open:
             await self._client.__aexit__(None, None, None)
+
+    async def _complete(self, request: Request, before_write: Callable[[], None]) -> str | Answer:
+        """The URL to write to, or why nothing was written."""
+        completion = self._head.completion
+        question = None if completion is None else completion.ask(request, self._settings)
+        if question is None:
+            return request.url
+        try:
+            response = await self._exchange(question, before_write)
+        except Failure as failure:
+            if failure.kind is FailureKind.AMBIGUOUS:
+                # The question changes nothing, and the write was not begun.
+                raise Failure(FailureKind.UNAVAILABLE, failure.code) from None
+            raise
+        return read_completion(self._head, response, request, self._settings, now=time.time())
 
     async def _exchange(self, request: Request, before_write: Callable[[], None]) -> HttpResponse:
         if not self._is_open:
@@ -362,6 +382,31 @@ def read_finding(
     if verdict.kind in _ABOUT_TARGET:
         return Answer(verdict.kind, verdict.code, "", verdict.retry_after or 0.0, is_outage=True)
     return Unclear(verdict.code)
+
+
+def read_completion(
+    head: HttpHead, response: HttpResponse, request: Request, settings: TargetSettings, *, now: float
+) -> str | Answer:
+    """The URL to write a request to, from the answer to its question; an ``Answer`` when nothing is written."""
+    assert head.completion is not None, "only a target with a completion is asked"
+    try:
+        read = head.completion.read(response, request, settings)
+    except Exception:  # noqa: BLE001 - an answer that cannot be read names no place to write to
+        read = None
+        if response.status // 100 == 2:
+            read = Verdict(FailureKind.UNAVAILABLE, "ANSWER_UNREADABLE")
+    if isinstance(read, str):
+        return read
+    if read is not None:
+        return Answer(read.kind or FailureKind.UNAVAILABLE, read.code, "", read.retry_after or 0.0)
+    verdict = Verdicts(overlay=head.overlay, reads=True).judge(response, now=now)
+    return Answer(
+        verdict.kind or FailureKind.UNAVAILABLE,
+        verdict.code,
+        "",
+        verdict.retry_after or 0.0,
+        is_outage=verdict.kind is FailureKind.UNAVAILABLE,
+    )
 
 
 _ABOUT_TARGET = frozenset({FailureKind.AUTH, FailureKind.RATE_LIMITED, FailureKind.UNAVAILABLE})
