@@ -55,7 +55,7 @@ class Worker:
             async for batch in batches:
                 try:
                     try:
-                        decision = await decider.decide(batch.rooms, batch.records, batch.refused)
+                        decision = batch.verdict or await decider.decide(batch.rooms, batch.records, batch.refused)
                         await batch.commit(decision)
                     except TemporaryError as error:
                         await batch.hold(error)
@@ -65,8 +65,10 @@ class Worker:
         self.app.agent(topic, name=f"normalise.{decider.source}")(normalise)
 
     async def _crash(self, error: BaseException) -> None:
-        """Stop the process with offsets untouched."""
+        """Stop the process with offsets untouched. An error that is none of ours may be a record's fault."""
         self.failure = error
+        if not isinstance(error, OperatorError):
+            self.feeder.suspects.blame()
         await self.app.crash(error)
 
     def explain(self) -> OperatorError | None:

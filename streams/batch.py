@@ -42,6 +42,8 @@ class Batch:
     refused: frozenset[str]
     """Hops whose outputs the broker did not take at the last attempt."""
     feeder: Feeder
+    verdict: Decision | None = None
+    """Set when the only record is not to be decided: it ended earlier processes."""
     begun: float = field(default_factory=time.perf_counter)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -51,11 +53,14 @@ class Batch:
         False when it was rolled back: the partitions are back at their frontier and the batch comes again, by this
         worker or another. Raises ``FatalError`` when this process must not go on.
         """
-        outputs = decision.list_outputs()
+        self.feeder.suspects.put_down()
+        outputs, changelogs = decision.list_outputs(), decision.list_changelogs()
         done = False
         try:
-            if outputs or self.records:
-                await self.feeder.group.commit(self.number, outputs, self._list_positions(), committed=decision.apply)
+            if outputs or changelogs or self.records:
+                await self.feeder.group.commit(
+                    self.number, outputs, self._list_positions(), changelogs=changelogs, committed=decision.apply
+                )
         except StaleAssignment:
             self.feeder.roll_back("rebalance")
         except TransactionAborted:
@@ -63,7 +68,7 @@ class Batch:
             await self.feeder.back_off()
         except RecordRefused as refusal:
             self.feeder.roll_back("record_refused")
-            self.feeder.refuse(self, outputs[refusal.index].cause if refusal.index is not None else None)
+            self.feeder.refuse(self, refusal.cause)
         else:
             self.feeder.succeed(self, decision)
             done = True

@@ -21,26 +21,32 @@ from faust.transport.producer import Producer
 from faust.types import TP, ConsumerMessage
 
 from schemas.events import Fate
-from schemas.failure import FatalError, OperatorError, TemporaryError
+from schemas.failure import Failure, FailureKind, FatalError, OperatorError, TemporaryError
 from streams.batch import Batch
-from streams.decide import Room
-from streams.state import LINEAGE, SEEN, WAITING, PartitionState
+from streams.decide import Decision, Room
+from streams.slot import name_folder
+from streams.state import LINEAGE, SEEN, WAITING, PartitionState, StateUnusable
+from streams.suspects import EXITS, Suspects
 from telemetry.log import get_log
 from telemetry.metrics import METRICS, Metric, Metrics
 from topics import catalog
-from topics.group import GroupConsumer, PositionBroken
+from topics.dead_letter import build_dead_letter
+from topics.group import GroupConsumer, Polled, PositionBroken
 from topics.headers import RawRecord
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from streams.decide import Decider, Decision
+    from streams.decide import Decider
     from topics.cluster import KafkaSettings
-    from topics.reading import Record
 
 IDLE_SECONDS = 0.1
 """An empty batch is handed out this often while nothing arrives, so that the waiting room is looked at."""
+
+LONG_SECONDS = 1.0
+"""A batch that took longer is followed by smaller ones: a third of the 3 s in which a batch must be done, or a worker
+that freezes holds back every read_committed reader for longer than that."""
 
 SETTLE_SECONDS = 1.0
 """After a pause, nothing having arrived for this long means that the held records are another worker's now."""
@@ -67,7 +73,8 @@ class Feeder:
         self._kafka = kafka
         self._metrics = metrics
         self._log = get_log("worker", slot=slot)
-        self._state_folder = state_folder / f"{instance}-{slot}"
+        self._state_folder = name_folder(state_folder, instance, slot)
+        self.suspects = Suspects(self._state_folder)
         self._batch_size = batch_size
         self._limit = batch_size
         self._waiting_limit = waiting_limit
@@ -84,6 +91,7 @@ class Feeder:
             topics=list(self.deciders),
             instance=f"remitstream.worker.{instance}.{slot}",
             transactional_id=f"remitstream.worker.{instance}.{slot}",
+            build=self._build,
             load=self._load,
             release=self._release,
             report=self._report,
@@ -91,6 +99,7 @@ class Feeder:
 
     async def start(self) -> None:
         """Join the group, waiting for Kafka as long as it takes."""
+        self._open_suspects()
         wait = 0.5
         while True:
             try:
@@ -109,24 +118,28 @@ class Feeder:
         if not self._pending:
             await self._limit_intake()
             self._measure_waiting()
-            polled = await self.group.poll(self._limit, IDLE_SECONDS)
-            if polled.records or time.monotonic() - self._last_idle >= IDLE_SECONDS:
+            limit = 1 if self._is_suspicious() else self._limit
+            polled = await self.group.poll(limit, IDLE_SECONDS)
+            if polled.partitions or time.monotonic() - self._last_idle >= IDLE_SECONDS:
                 self._last_idle = time.monotonic()
-                self._pending = self._split(polled.number, polled.records)
+                self._pending = self._split(polled)
             if not self._pending:
                 if time.monotonic() - self._resumed_at > SETTLE_SECONDS:
                     self._unpause()
                 return None
-        return self._pending.pop(0)
+        batch = self._pending.pop(0)
+        self._take_in_hand(batch)
+        return batch
 
     def succeed(self, batch: Batch, decision: Decision) -> None:
         """A batch is committed."""
         self._failures = 0
         self._unpause()
-        released = {held.hop for room in decision.rooms for held in room.released}
-        self._refused -= released.union(record.hop for record in batch.records)
-        if batch.records:
-            self._limit = min(self._batch_size, self._limit * 2)
+        if self._refused:
+            released = {held.hop for room in decision.rooms for held in room.released}
+            self._refused -= released.union(record.hop for record in batch.records)
+        self._adapt_limit(len(batch.records), time.perf_counter() - batch.begun)
+        self._acquit(batch)
         source = self.deciders[batch.topic].source
         if batch.records:
             self._metrics.set(Metric.BATCH_RECORDS, len(batch.records), source=source)
@@ -134,13 +147,20 @@ class Feeder:
         for room in decision.rooms:
             for held in room.released:
                 self._metrics.add(Metric.RELEASED, 1, source=source, reason=held.reason)
-        for fate, reason in decision.fates:
-            self._metrics.add(Metric.RECORDS, 1, source=source, fate=fate.value, reason=reason)
+        for (fate, reason), count in decision.fates.items():
+            self._metrics.add(Metric.RECORDS, count, source=source, fate=fate.value, reason=reason)
             if fate is Fate.DEAD_LETTERED:
-                self._metrics.add(Metric.DEAD_LETTERS, 1, stage="normalise", code=reason)
+                self._metrics.add(Metric.DEAD_LETTERS, count, stage="normalise", code=reason)
             elif fate is Fate.IN_REVIEW:
-                self._metrics.add(Metric.REVIEWS, 1, source=source, reason=reason)
+                self._metrics.add(Metric.REVIEWS, count, source=source, reason=reason)
         self._measure_waiting()
+
+    def _adapt_limit(self, records: int, seconds: float) -> None:
+        """Small after a slow batch, larger again after a quick one that was full."""
+        if seconds > LONG_SECONDS:
+            self._limit = max(1, min(self._limit, records) // 2)
+        elif records >= self._limit and seconds < LONG_SECONDS / 2:
+            self._limit = min(self._batch_size, self._limit * 2)
 
     def roll_back(self, reason: str) -> None:
         """A transaction was rolled back; say so. The partitions were sought: what was polled with it comes again."""
@@ -172,6 +192,7 @@ class Feeder:
 
         The worker counts as paused until a batch succeeds or none is left.
         """
+        self.suspects.put_down()
         self._unpause()
         self.paused = error
         self._pending.clear()
@@ -182,7 +203,7 @@ class Feeder:
         await self.group.pause()
         until = time.monotonic() + min(5.0, 0.2 * 2 ** min(self._failures, 5))
         while time.monotonic() < until:
-            if (await self.group.poll(1, 0.1)).records:
+            if (await self.group.poll(1, 0.1)).partitions:
                 await self.group.rewind()
         await self.group.resume()
         self._resumed_at = time.monotonic()
@@ -237,40 +258,41 @@ class Feeder:
 
     async def close(self) -> None:
         """Leave the group and give up the stores."""
+        self.suspects.close()
         await self.group.close()
         for room in self.rooms.values():
             room.state.close()
         self.rooms.clear()
 
-    def _split(self, number: int, records: list[Record]) -> list[Batch]:
+    def _split(self, polled: Polled[RawRecord]) -> list[Batch]:
         frontiers = self.group.frontiers()
-        for record in records:
-            if (record.topic, record.partition) not in self.rooms:
+        for key in polled.partitions:
+            if key not in self.rooms:
                 # Leaving it out would let the next commit jump over it.
-                raise PositionBroken("a record without its state.", place=f"{record.topic}[{record.partition}]")
+                raise PositionBroken("a record without its state.", place=f"{key[0]}[{key[1]}]")
         batches = []
         for topic in self.deciders:
             rooms = {p: room for (t, p), room in self.rooms.items() if t == topic and (t, p) in frontiers}
-            taken = [record for record in records if record.topic == topic and record.partition in rooms]
+            taken = {p: records for (t, p), records in polled.partitions.items() if t == topic and p in rooms}
             waiting = any(len(room.waiting) for room in rooms.values())
             if not taken and not waiting:
                 continue
             positions = {partition: frontiers[topic, partition] for partition in rooms}
-            for record in taken:
-                positions[record.partition] = record.offset + 1
-            raw = [self._take(record) for record in taken]
-            batches.append(Batch(topic, number, raw, rooms, positions, self._refused, self))
+            for partition, records in taken.items():
+                positions[partition] = records[-1].offset + 1
+            raw = [record for records in taken.values() for record in records]
+            batches.append(Batch(topic, polled.number, raw, rooms, positions, self._refused, self))
         return batches
 
-    def _take(self, record: Record) -> RawRecord:
+    def _build(self, message: Any, topic: str, partition: int, offset: int) -> RawRecord:
         return RawRecord(
-            hop=f"{self.group.topic_ids[record.topic]}:{record.partition}:{record.offset}",
-            partition=record.partition,
-            offset=record.offset,
-            key=record.key or b"",
-            value=record.value or b"",
-            headers=record.headers,
-            timestamp=record.timestamp,
+            hop=f"{self.group.topic_ids[topic]}:{partition}:{offset}",
+            partition=partition,
+            offset=offset,
+            key=message.key() or b"",
+            value=message.value() or b"",
+            headers=message.headers() or [],
+            timestamp=message.timestamp()[1],
         )
 
     def _report(self, event: str, error: OperatorError) -> None:

@@ -15,6 +15,7 @@ from schemas.wire import Decoder, Encoder
 from streams.app import Worker
 from streams.decide import AdmissionDecider, Codecs, MoneyDecider
 from streams.normalise import Normaliser
+from streams.slot import hold, name_folder
 from streams.transport import Feeder
 from topics import catalog
 from topics.registry import Registry, find_ids
@@ -36,7 +37,10 @@ def run(settings: Settings, *, slot: int = 0) -> int:
 
     async def main(stop: asyncio.Event) -> None:
         readiness = process.Readiness()
-        async with process.serve_health(settings, settings.health.worker + slot, readiness):
+        # 0 asks for a free port; a given one is that of slot 0.
+        port = settings.health.worker and settings.health.worker + slot
+        folder = name_folder(settings.worker.state, settings.instance, slot)
+        async with process.serve_health(settings, port, readiness), hold(folder):
             await work(stop, readiness)
 
     async def work(stop: asyncio.Event, readiness: process.Readiness) -> None:

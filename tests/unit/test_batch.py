@@ -173,7 +173,7 @@ async def test_a_refused_release_is_marked_by_its_own_hop(feeder):
 
 
 async def test_an_unknown_culprit_is_searched_and_batches_grow_again(feeder):
-    feeder.group.polls = [[record(0), record(1)], [record(0)], [record(1)]]
+    feeder.group.polls = [[record(0), record(1)], [record(0)], [record(1), record(2)]]
     batch = await feeder.next_batch()
     feeder.group.answers = [RecordRefused(None, "MSG_SIZE_TOO_LARGE")]
     await batch.commit(decide(batch))
@@ -182,6 +182,23 @@ async def test_an_unknown_culprit_is_searched_and_batches_grow_again(feeder):
         await batch.commit(decide(batch))
     await feeder.next_batch()
     assert [call[1] for call in feeder.group.calls if call[0] == "poll"] == [100, 1, 2, 4]
+
+
+async def test_a_slow_batch_is_followed_by_smaller_ones_and_only_full_quick_ones_by_larger(feeder, monkeypatch):
+    monkeypatch.setattr("streams.transport.time.perf_counter", lambda: now)
+    lengths = {"slow": 2.0, "middling": 0.7, "quick": 0.1}
+    position = 0
+    for kind, count in (("slow", 100), ("slow", 20), ("middling", 10), ("quick", 9), ("quick", 10), ("quick", 20)):
+        now = 1000.0
+        feeder.group.polls = [[record(position + number) for number in range(count)]]
+        position += count
+        batch = await feeder.next_batch()
+        batch.begun = now
+        now += lengths[kind]
+        assert await batch.commit(decide(batch))
+    await feeder.next_batch()
+    limits = [call[1] for call in feeder.group.calls if call[0] == "poll"]
+    assert limits == [100, 50, 10, 10, 10, 20, 40]
 
 
 async def test_a_refused_dead_letter_stops_the_worker(feeder):

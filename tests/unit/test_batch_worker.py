@@ -161,6 +161,34 @@ async def test_state_that_cannot_be_written_after_a_commit_stops_the_worker(buil
     assert worker.explain().detail == "the disk is full."
 
 
+async def test_a_record_that_ends_every_process_is_found_and_dead_lettered_alone(build):
+    """Offset 2 of 5 ends whoever decides it; 3 ends over the batch, 2 with it alone in hand, then all is done."""
+    ends, letters, done = 0, [], []
+    while len(done) < 5:
+        worker = build(polls=5)
+        group, decider = worker.feeder.group, worker.feeder.deciders[RAW]
+        group.frontier = group.position = len(done)
+
+        async def decide(_rooms, records, _refused):
+            if any(record.offset == 2 for record in records):
+                raise MemoryError
+            return Decision()
+
+        async def commit(_number, outputs, positions, *, group=group, **more):
+            letters.extend(dict(output.headers) for output in outputs)
+            done[:] = range(positions[RAW, 0])
+            group.frontier = positions[RAW, 0]
+            more["committed"]()
+
+        decider.decide, group.commit = decide, commit
+        await run(worker, lambda: len(done) == 5)
+        ends += worker.failure is not None
+        assert ends <= 5, "it is not found"
+    assert ends == 5
+    assert [letter["dead_letter_code"] for letter in letters] == [b"CRASHED_WORKER"]
+    assert letters[0]["hop"] == b"T:0:2"
+
+
 async def test_a_group_that_failed_stops_the_worker(build):
     worker = build()
     worker.feeder.group.failure = FatalError("fenced.", place="here")
