@@ -68,16 +68,29 @@ def listen(*, config: Config = None, assignments: Assignments = None, embedded: 
     steps.run_role("listener", steps.open_attached(config, assignments, embedded=embedded))
 
 
-@app.command(epilog="Example: remitstream worker --slot 1 --set worker.instance=host-a")
+@app.command(epilog="Example: remitstream worker --processes 4 --set worker.instance=host-a")
 def worker(
     *,
-    slot: Annotated[int, typer.Option("--slot", min=0, max=63, help="Number of this process on this host.")] = 0,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", min=1, max=64, help="Start this many, restart those that end, stop them together."),
+    ] = None,
+    slot: Annotated[
+        int | None,
+        typer.Option("--slot", min=0, max=63, help="Be one worker, with this number on this host; default 0."),
+    ] = None,
     config: Config = None,
     assignments: Assignments = None,
     embedded: Embedded = None,
 ) -> None:
     """Turn raw records into canonical events."""
-    steps.run_role("worker", steps.open_attached(config, assignments, embedded=embedded), slot=slot)
+    if processes is not None and slot is not None:
+        raise typer.BadParameter("give --processes or --slot, not both", param_hint="--processes")
+    settings = steps.open_attached(config, assignments, embedded=embedded)
+    if processes is None:
+        steps.run_role("worker", settings, slot=slot or 0)
+    else:
+        steps.run_role("workers", settings, processes)
 
 
 @app.command(epilog="Example: remitstream project --config remitstream.toml")

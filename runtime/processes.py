@@ -1,15 +1,18 @@
 """The process manager: starts our own processes, restarts the ones that die, stops them all in reverse order.
 
-It is: the parent of receivers, workers and sinks in ``remitstream run``. It is not: a supervisor of the embedded stack
+It is: the parent of receivers, workers and sinks in ``remitstream run``, and of the workers of ``remitstream worker
+--processes``. It is not: a supervisor of the embedded stack
 (those are daemons that outlive a command), and it never reads what the processes work on.
 
 What it guarantees
 
-* A process that exits non-zero or is killed is started again, after 0.2 s, then twice as long each time up to 5 s;
-  after 30 s of life the wait begins anew. Three short lives in a row are reported as flapping, and it still goes on.
-* Exit code 0 is the end of a job that is done; it is not restarted.
+* A process that exits non-zero or is killed is started again, after 0.2 s, then twice as long each time up to 5 s (less
+  a random part of up to a half, so that many do not start in step); after 30 s of life the wait begins anew. Three
+  short lives in a row are reported as flapping, and it still goes on.
+* Exit code 0 is the end of a job that is done; it is not restarted, unless the process is one that has no end.
 * Exit code 78 (a setting is wrong) is not restarted: all stop, and ``wait`` raises with the process's own message.
-* ``stop`` goes backwards: SIGTERM, and SIGKILL after the process's ``stop_timeout``.
+* ``stop`` goes backwards: SIGTERM, and SIGKILL after the process's ``stop_timeout``. ``stop_together`` tells all at
+  once.
 * On Linux a child is killed by the kernel when its manager dies, even by ``kill -9``. macOS has no such call: there,
   children of a manager killed with ``kill -9`` stay and must be ended by hand.
 """
@@ -20,6 +23,7 @@ import asyncio
 import contextlib
 import http.client
 import os
+import random
 import signal
 import sys
 import time
@@ -75,7 +79,8 @@ class ProcessSpec:
 
     ``env`` is its whole environment (None: the manager's). ``ready`` is the address of its health check, answered with
     200 when it can work, or a function that tells the same (called in a thread), or None when being started is enough.
-    Seconds: ``ready_timeout`` for the first start, ``stop_timeout`` between SIGTERM and SIGKILL.
+    Seconds: ``ready_timeout`` for the first start, ``stop_timeout`` between SIGTERM and SIGKILL. ``endless``: it is
+    started again after exit code 0 too, unless it was told to stop.
     """
 
     name: str
@@ -85,6 +90,7 @@ class ProcessSpec:
     ready: str | Callable[[], bool] | None = None
     ready_timeout: float = 60.0
     stop_timeout: float = 15.0
+    endless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +103,13 @@ class Backoff:
     flapping_after: int = 3
 
     def choose_wait(self, short_lives: int) -> float:
-        """Seconds to wait after this many short lives in a row; 0 means the last life was long."""
+        """Most seconds to wait after this many short lives in a row; 0 means the last life was long."""
         doublings = min(max(short_lives - 1, 0), 32)
         return min(self.first * float(1 << doublings), self.last)
+
+    def draw_wait(self, short_lives: int) -> float:
+        """Seconds to wait, somewhere between half the most and the most."""
+        return self.choose_wait(short_lives) * random.uniform(0.5, 1)  # noqa: S311 - jitter
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +128,7 @@ class ProcessStatus:
 class ProcessManager:
     """Runs the given processes, each with its own log file ``<name>.log`` in ``logs``.
 
+    Without ``logs`` they write where the manager writes.
     Must be used from one event loop, on the thread that lives longest (on Linux the kernel ties the children to the
     thread that started them). ``on_change`` is called with every new status, in the event loop.
     """
@@ -125,7 +136,7 @@ class ProcessManager:
     def __init__(
         self,
         specs: Sequence[ProcessSpec],
-        logs: Path,
+        logs: Path | None,
         *,
         backoff: Backoff | None = None,
         on_change: Callable[[ProcessStatus], None] | None = None,
@@ -137,23 +148,26 @@ class ProcessManager:
         self._logs = logs
         self._backoff = backoff or Backoff()
         self._on_change = on_change
-        self._status = {name: ProcessStatus(name, log=str(self._log(name))) for name in names}
+        self._status = {
+            name: ProcessStatus(name, log="" if logs is None else str(logs / f"{name}.log")) for name in names
+        }
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._ready = {name: asyncio.Event() for name in names}
         self._stopping = {name: asyncio.Event() for name in names}
         self._refused: ProcessConfigurationError | None = None
         self._over = asyncio.Event()
 
-    async def start(self) -> None:
-        """Start all and return when all are ready.
+    async def start(self, *, wait: bool = True) -> None:
+        """Start all and return when all are ready; at once without ``wait``.
 
         Raises ``ProcessConfigurationError`` or ``ProcessNotReadyError``, after everything was stopped again.
         """
-        self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name in self._specs:
             self._turn_log(name)
             self._keepers[name] = asyncio.create_task(self._keep(name), name=f"keep {name}")
             self._keepers[name].add_done_callback(self._note_end)
+        if not wait:
+            return
         try:
             await asyncio.gather(*(self._await_first_ready(spec) for spec in self._specs.values()))
         except BaseException:
@@ -177,6 +191,11 @@ class ProcessManager:
         """Stop all, last started first, each with SIGTERM and then SIGKILL. Nothing is left running."""
         for name in reversed(self._specs):
             await self.stop_one(name)
+        self._over.set()
+
+    async def stop_together(self) -> None:
+        """Stop all at once: for peers, of which none needs another to end in order."""
+        await asyncio.gather(*(self.stop_one(name) for name in self._specs))
         self._over.set()
 
     async def stop_one(self, name: str) -> None:
@@ -209,7 +228,7 @@ class ProcessManager:
             code = await self._live_once(name)
             if stopping.is_set():
                 break
-            if code == 0:
+            if code == 0 and not self._specs[name].endless:
                 self._change(name, state="finished", pid=None, exit_code=0)
                 self._ready[name].set()
                 return
@@ -226,18 +245,18 @@ class ProcessManager:
                 flapping=short_lives >= self._backoff.flapping_after,
             )
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), self._backoff.choose_wait(short_lives))
+                await asyncio.wait_for(stopping.wait(), self._backoff.draw_wait(short_lives))
         self._change(name, state="stopped", pid=None)
 
     async def _live_once(self, name: str) -> int:
         """Start the process, watch it become ready, and return its exit code. Ends it when it is to be stopped."""
         spec = self._specs[name]
-        with self._log(name).open("ab") as log:
+        with contextlib.nullcontext() if self._logs is None else self._log(self._logs, name).open("ab") as log:
             child = await asyncio.create_subprocess_exec(
                 *_tie_to_parent(spec.argv),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
-                stderr=asyncio.subprocess.STDOUT,
+                stderr=None if log is None else asyncio.subprocess.STDOUT,
                 env=None if spec.env is None else dict(spec.env),
                 cwd=spec.cwd,
                 # a Ctrl-C in the terminal is for the manager, which then stops its children in order
@@ -293,7 +312,7 @@ class ProcessManager:
                 said = self._read_end(spec.name)
                 raise ProcessNotReadyError(
                     f"{spec.name} was not ready after {spec.ready_timeout:.0f} s; it last wrote: {said}",
-                    place=str(self._log(spec.name)),
+                    place=self._status[spec.name].log or spec.name,
                 )
         finally:
             ready.cancel()
@@ -302,7 +321,7 @@ class ProcessManager:
     def _refuse(self, name: str) -> None:
         self._change(name, state="stopped", pid=None, exit_code=int(ExitCode.CONFIGURATION))
         self._refused = ProcessConfigurationError(
-            f"{name} refused its configuration: {self._read_end(name)}", place=str(self._log(name))
+            f"{name} refused its configuration: {self._read_end(name)}", place=self._status[name].log or name
         )
         self._over.set()
 
@@ -313,19 +332,25 @@ class ProcessManager:
             if self._on_change is not None:
                 self._on_change(status)
 
-    def _log(self, name: str) -> Path:
-        return self._logs / f"{name}.log"
+    @staticmethod
+    def _log(logs: Path, name: str) -> Path:
+        return logs / f"{name}.log"
 
     def _turn_log(self, name: str) -> None:
         """A fresh log per run; that of the run before is kept."""
-        log = self._log(name)
+        if self._logs is None:
+            return
+        self._logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        log = self._log(self._logs, name)
         if log.exists():
             log.replace(log.with_suffix(".log.1"))
 
     def _read_end(self, name: str) -> str:
         """The last thing the process wrote, preferring one of our own errors, which begin with their code."""
+        if self._logs is None:
+            return "what it says stands above."
         try:
-            with self._log(name).open("rb") as log:
+            with self._log(self._logs, name).open("rb") as log:
                 log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
                 lines = deque(filter(None, (line.strip() for line in log.read().decode(errors="replace").split("\n"))))
         except FileNotFoundError:

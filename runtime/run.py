@@ -30,6 +30,7 @@ from runtime.commands.stack import open_stack, set_addresses
 from runtime.console import StackProgress, StageRow, View, scrape
 from runtime.lag import LagMeter
 from runtime.processes import ProcessManager, ProcessSpec
+from runtime.roles import workers
 from runtime.stages import list_billing_targets, list_stages
 from sandbox.expected import Difference, compare_counts, compare_ledger, compare_targets, read_expected, select_run
 from sandbox.plan import FacilityPlan, TrafficPlan
@@ -176,10 +177,7 @@ class _Run:
         return [
             spec("sandbox", ["sandbox"], None),
             spec("projector", ["project"], health.projector),
-            *(
-                spec(f"worker-{slot}", ["worker", "--slot", str(slot)], health.worker + slot)
-                for slot in range(settings.worker.processes)
-            ),
+            *workers.list_specs(settings, settings.worker.processes),
             spec("deliverer", ["deliver"], health.deliverer),
             spec("listener", ["listen"], health.listener),
             spec("receiver", ["receive"], health.receiver),

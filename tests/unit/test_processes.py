@@ -96,6 +96,13 @@ def test_waits_double_up_to_the_longest_and_never_overflow():
     assert backoff.choose_wait(100_000) == 5.0
 
 
+def test_many_that_end_together_do_not_start_in_step():
+    backoff = Backoff()
+    drawn = {backoff.draw_wait(5) for _ in range(200)}
+    assert len(drawn) > 100
+    assert 1.6 <= min(drawn) < max(drawn) <= 3.2
+
+
 async def test_exit_zero_is_the_end_of_a_job(tmp_path):
     manager = ProcessManager([make_spec("job", "pass")], tmp_path, backoff=QUICK)
     await manager.start()
@@ -103,6 +110,51 @@ async def test_exit_zero_is_the_end_of_a_job(tmp_path):
         await manager.wait()
     assert manager.status()["job"].state == "finished"
     assert manager.restarts("job") == 0
+
+
+async def test_what_has_no_end_is_started_again_after_exit_zero_too(tmp_path):
+    manager = ProcessManager([make_spec("a", "pass", endless=True)], tmp_path, backoff=QUICK)
+    await manager.start()
+    await until(lambda: manager.restarts("a") >= 2)
+    await manager.stop()
+    assert manager.status()["a"].state == "stopped"
+
+
+async def test_without_a_folder_for_logs_processes_write_where_the_manager_writes(capfd):
+    code = "import sys\nprint('out', flush=True)\nprint('err', file=sys.stderr)\nraise SystemExit(78)"
+    manager = ProcessManager([make_spec("a", code)], None, backoff=QUICK)
+    await manager.start(wait=False)
+    with pytest.raises(ProcessConfigurationError) as caught:
+        async with asyncio.timeout(30):
+            await manager.wait()
+    assert caught.value.place == "a"
+    told = capfd.readouterr()
+    assert (told.out, told.err) == ("out\n", "err\n")
+
+
+async def test_peers_are_told_to_stop_at_once(tmp_path):
+    """Each leaves only when it has seen that the other was told, too."""
+    note = """
+    import pathlib, signal, sys, time
+    own, other = map(pathlib.Path, sys.argv[1:])
+    def leave(*_):
+        own.with_suffix(".told").touch()
+        while not other.with_suffix(".told").exists(): time.sleep(0.01)
+        raise SystemExit(0)
+    signal.signal(signal.SIGTERM, leave)
+    own.touch()
+    while True: time.sleep(0.05)
+    """
+    a, b = tmp_path / "a", tmp_path / "b"
+    specs = [
+        make_spec("a", note, str(a), str(b), ready=a.exists, stop_timeout=30),
+        make_spec("b", note, str(b), str(a), ready=b.exists, stop_timeout=30),
+    ]
+    manager = ProcessManager(specs, tmp_path / "logs")
+    await manager.start()
+    async with asyncio.timeout(25):
+        await manager.stop_together()
+    assert {status.state for status in manager.status().values()} == {"stopped"}
 
 
 async def test_a_refused_configuration_stops_all_with_its_own_message(tmp_path):
