@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _COLLECT_AFTER = 200_000
-"""More than a batch keeps alive. Objects made and not freed after which the youngest are searched for cycles; Python's own figure is 700."""
+"""Objects made and not freed after which the youngest are searched for cycles: more than a batch keeps alive.
+
+Python's own figure is 700."""
 
 
 def run(
