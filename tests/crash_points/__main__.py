@@ -1,0 +1,64 @@
+"""``python -m tests.crash_points``: the sweep by itself, on a stack of its own (or the one in ``KEEP_TEST_STACK``)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from runtime.stack import EmbeddedStack
+from tests.crash_points.sweep import Sweep, choose_trials, find_points, list_trials, sweep_all
+from tests.integration.conftest import CACHE, Deployment
+
+SECONDS_EACH = 3
+"""What one run takes on a quiet machine."""
+
+
+def say(text):
+    print(text, flush=True)  # noqa: T201 - a command's output
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--all", action="store_true", help="every point (the default)")
+    chosen.add_argument("--sample", type=int, metavar="N", help="all steps of the commit and others, N in all")
+    parser.add_argument("--seed", default="1", help="of the sample")
+    parser.add_argument("--only", default="", metavar="TEXT", help="points whose name holds this text")
+    parser.add_argument("--list", action="store_true", help="print the points and stop")
+    arguments = parser.parse_args()
+    kept = os.environ.get("KEEP_TEST_STACK")
+    home = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="rs-"))
+    stack = EmbeddedStack(home, CACHE)
+    folder = Path(tempfile.mkdtemp(prefix="crash-points-"))
+    deployment = sweep = None
+    try:
+        deployment = Deployment(folder, stack.up(), {"worker.partitions": "1"})
+        deployment.provision()
+        sweep = Sweep(deployment)
+        trials = [trial for trial in list_trials(find_points(sweep, say)) if arguments.only in str(trial)]
+        if arguments.sample:
+            trials = choose_trials(trials, arguments.seed, arguments.sample)
+        say(f"{len(trials)} runs, about {max(1, len(trials) * SECONDS_EACH // 60)} minutes, seed {arguments.seed}")
+        if arguments.list:
+            for trial in trials:
+                say(str(trial))
+        else:
+            say(str(sweep_all(sweep, trials, say)))
+    finally:
+        if sweep is not None:
+            sweep.close()
+        if deployment is not None:
+            deployment.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            stack.reset()
+            shutil.rmtree(home, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

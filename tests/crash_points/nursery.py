@@ -1,0 +1,63 @@
+"""Parent of workers: imports everything once, then forks one worker for each line it is given.
+
+A line is JSON: ``config`` and ``arguments`` as the command line has them, ``log``, and what shall happen: ``record`` (a
+file), ``die`` (a point), or ``fail`` (point, kind of failure, file to create). Answers, one a line: ``["pid", n]`` when
+it runs, ``["exit", n, code]`` when it is over (a signal's number negative).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from runtime.roles import worker
+from runtime.settings import read_settings
+from tests.crash_points.doors import Killer, Point, Recorder, Saboteur, Watch
+
+
+def choose_watch(order):
+    if "record" in order:
+        return Watch(Recorder(Path(order["record"])))
+    if "die" in order:
+        return Watch(Killer(Point(*order["die"])))
+    if "fail" in order:
+        point, failure, reached = order["fail"]
+        return Watch(Saboteur(Point(*point), failure, Path(reached)))
+    return None
+
+
+def run(order):
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    settings = read_settings(Path(order["config"]), [tuple(pair) for pair in order["overrides"]])
+    watch = choose_watch(order)
+    if watch is not None:
+        watch.install()
+    return worker.run(settings)
+
+
+def say(*words):
+    os.write(1, (json.dumps(words) + "\n").encode())
+
+
+def main():
+    for line in sys.stdin:
+        order = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                code = run(order)
+            finally:
+                os._exit(code)
+        say("pid", child)
+        _, status = os.waitpid(child, 0)
+        say("exit", child, os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    main()
