@@ -8,6 +8,7 @@ outside the returned decision; the caller commits it and only then applies it.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,7 +32,7 @@ from streams.waiting import BEHIND_ENTITY, PARENT_UNKNOWN, PATIENT_UNKNOWN, Held
 from topics import catalog, headers
 from topics.dead_letter import build_dead_letter
 from topics.headers import RawRecord, find_header
-from topics.transaction import Output
+from topics.transaction import Changelog, Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -76,18 +77,20 @@ class Decision:
     dead_letters: list[Output] = field(default_factory=list)
     drafts: list[Draft] = field(default_factory=list)
     rooms: list[WaitingDraft] = field(default_factory=list)
-    fates: list[tuple[Fate, str]] = field(default_factory=list)
+    fates: Counter[tuple[Fate, str]] = field(default_factory=Counter)
 
     def list_outputs(self) -> list[Output]:
-        """Everything of the transaction beside offsets and frontiers."""
-        changelogs = [output for draft in self.drafts for output in draft.list_outputs()]
-        return [*self.outputs, *self.dead_letters, *changelogs]
+        """Everything of the transaction beside changelogs, frontiers and offsets."""
+        return [*self.outputs, *self.dead_letters]
+
+    def list_changelogs(self) -> list[Changelog]:
+        """Changes of local state, as the transaction writes them."""
+        return [changelog for draft in self.drafts for changelog in draft.list_changelogs()]
 
     def apply(self) -> None:
         """Take the decision over into stores and waiting rooms: after its transaction has committed, not before."""
         for draft in self.drafts:
-            if draft.changes:
-                draft.state.apply(draft.changes)
+            draft.apply()
         for room in self.rooms:
             room.apply()
 
@@ -112,41 +115,69 @@ class Clock:
         return time.monotonic()
 
 
+class _Printer:
+    """Builds canonical records. What is the same for all events of an account and kind is built once."""
+
+    def __init__(self, codecs: Codecs) -> None:
+        self._codecs = codecs
+        self._same: dict[tuple[str, str, str], tuple[bytes, bytes, bytes, bytes]] = {}
+        self._second = (-1, "")
+
+    def print(self, record: RawRecord, normalised: Normalised) -> Output:
+        """The canonical record of an event. Raises when the event does not fit its schema."""
+        event, topic = normalised.event, normalised.topic
+        same = self._same.get((topic, event.account, event.kind))
+        if same is None:
+            same = self._same[topic, event.account, event.kind] = (
+                f"/{event.tenant}/{event.source}/{event.account}".encode(),
+                f"remitstream.{topic}.{event.kind}".encode(),
+                event.facility.encode(),
+                event.mapping_version.encode(),
+            )
+        source, event_type, facility, version = same
+        event_id = event.event_id.encode()
+        return Output(
+            topic,
+            event.root.encode(),
+            self._codecs.money[topic].encode(event),
+            [
+                ("ce_specversion", b"1.0"),
+                ("ce_id", event_id),
+                ("ce_source", source),
+                ("ce_type", event_type),
+                ("ce_time", self._format_time(event.occurred_at)),
+                (headers.EVENT_ID, event_id),
+                (headers.HOP, record.hop.encode()),
+                (headers.ORIGIN, event.origin.encode()),
+                (headers.INGEST_TIME, b"%d" % event.received_at),
+                (headers.FACILITY, facility),
+                (headers.MAPPING_VERSION, version),
+            ],
+            cause=record.hop,
+        )
+
+    def _format_time(self, milliseconds: int) -> bytes:
+        """RFC 3339."""
+        second, rest = divmod(milliseconds, 1000)
+        if second != self._second[0]:
+            self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
+        return f"{self._second[1]}.{rest:03d}Z".encode()
+
+
 class _Writer:
     """Builds the records of one batch."""
 
-    def __init__(self, codecs: Codecs, source: str, now_ms: int) -> None:
+    def __init__(self, codecs: Codecs, printer: _Printer, source: str, now_ms: int) -> None:
         self._codecs = codecs
+        self._printer = printer
         self._source = source
         self._now_ms = now_ms
         self.decision = Decision()
 
     def publish(self, record: RawRecord, normalised: Normalised) -> None:
         """The canonical event."""
-        event = normalised.event
-        self.decision.outputs.append(
-            Output(
-                normalised.topic,
-                event.root.encode(),
-                self._codecs.money[normalised.topic].encode(event),
-                [
-                    *headers.build_cloudevent(
-                        event_id=event.event_id,
-                        source=f"/{event.tenant}/{event.source}/{event.account}",
-                        event_type=f"remitstream.{normalised.topic}.{event.kind}",
-                        time=_format_time(event.occurred_at),
-                    ),
-                    (headers.EVENT_ID, event.event_id.encode()),
-                    (headers.HOP, record.hop.encode()),
-                    (headers.ORIGIN, event.origin.encode()),
-                    (headers.INGEST_TIME, str(event.received_at).encode()),
-                    (headers.FACILITY, event.facility.encode()),
-                    (headers.MAPPING_VERSION, event.mapping_version.encode()),
-                ],
-                cause=record.hop,
-            )
-        )
-        self.decision.fates.append((Fate.CANONICAL, event.kind))
+        self.decision.outputs.append(self._printer.print(record, normalised))
+        self.decision.fates[Fate.CANONICAL, normalised.event.kind] += 1
 
     def dispose(self, record: RawRecord, fate: Fate, reason: str, event_type: str, linked: str = "") -> None:
         """The record of a raw record that leads to nothing else."""
@@ -168,7 +199,7 @@ class _Writer:
                 cause=record.hop,
             )
         )
-        self.decision.fates.append((fate, reason))
+        self.decision.fates[fate, reason] += 1
 
     def review(self, record: RawRecord, event: MoneyEvent, reason: str, discriminator: str = "") -> None:
         """A question for a person."""
@@ -193,7 +224,7 @@ class _Writer:
                 cause=record.hop,
             )
         )
-        self.decision.fates.append((Fate.IN_REVIEW, reason))
+        self.decision.fates[Fate.IN_REVIEW, reason] += 1
 
     def dead_letter(self, record: RawRecord, failure: Failure, stage: str) -> None:
         """The record itself, with the reason as codes."""
@@ -209,17 +240,11 @@ class _Writer:
                 now_ms=self._now_ms,
             )
         )
-        self.decision.fates.append((Fate.DEAD_LETTERED, failure.code))
+        self.decision.fates[Fate.DEAD_LETTERED, failure.code] += 1
 
 
-@dataclass(slots=True)
-class _Candidate:
-    """A record of the batch after mapping: what it is, or why it is a dead letter."""
-
-    record: RawRecord
-    mapped: Normalised | Ignored | Failure
-    held: Held | None = None
-    """Set when the record comes from the waiting room."""
+_Candidate = tuple[RawRecord, Normalised | Ignored | Failure]
+"""A record of the batch after mapping: what it is, or why it is a dead letter."""
 
 
 class MoneyDecider:
@@ -242,6 +267,8 @@ class MoneyDecider:
         self._codecs = codecs
         self._parent_wait_ms = int(parent_wait_seconds * 1000)
         self._clock = clock or Clock()
+        self._printer = _Printer(codecs)
+        self._hashes: dict[Reference, str] = {}
         self._next_look: dict[str, tuple[float, float]] = {}
         self._last_look = float("-inf")
         self._last_expiry = float("-inf")
@@ -255,22 +282,22 @@ class MoneyDecider:
         when identities cannot be looked up; nothing has changed then.
         """
         now_ms = self._clock.now_ms()
-        writer = _Writer(self._codecs, self.source, now_ms)
+        writer = _Writer(self._codecs, self._printer, self.source, now_ms)
+        self._hashes.clear()
         drafts = {partition: Draft(room.state) for partition, room in rooms.items()}
-        candidates = [_Candidate(record, self._map(record, refused)) for record in records]
+        candidates = self._map_all(records, refused)
+        for partition, taken in candidates.items():
+            drafts[partition].fetch(*_list_keys(taken))
         due = self._list_due(rooms)
         expire = self._clock.monotonic() - self._last_expiry >= EXPIRY_INTERVAL
-        references = self._collect_references(candidates, drafts)
-        found = await self._resolve(references, due)
+        found = await self._resolve(self._collect_hashes(candidates, drafts), due)
         for partition, room in rooms.items():
-            draft = drafts[partition]
-            lane = _Lane(self, writer, draft, WaitingDraft(room.waiting), found, refused, now_ms)
+            lane = _Lane(self, writer, drafts[partition], WaitingDraft(room.waiting), found, refused, now_ms)
             if expire:
                 lane.expire(now_ms - self._parent_wait_ms)
             lane.release_known(due)
-            for candidate in candidates:
-                if candidate.record.partition == partition:
-                    lane.decide(candidate)
+            for record, mapped in candidates.get(partition, ()):
+                lane.decide(record, mapped)
             writer.decision.rooms.append(lane.room)
         if expire:
             self._last_expiry = self._clock.monotonic()
@@ -294,8 +321,11 @@ class MoneyDecider:
             room.waiting.hold(Held(entry.hop, entry.entity, entry.reason, entry.awaited, entry.since))
 
     def hash_reference(self, reference: Reference) -> str:
-        """Keyed hash of an identifier."""
-        return self._hmac_key.hash_identifier(reference)
+        """Keyed hash of an identifier, made once in a batch."""
+        known = self._hashes.get(reference)
+        if known is None:
+            known = self._hashes[reference] = self._hmac_key.hash_identifier(reference)
+        return known
 
     def hash_facts(self, facts: Iterable[str]) -> bytes:
         """Digest of money facts."""
@@ -316,8 +346,18 @@ class MoneyDecider:
         )
         return record, self._map(record, refused)
 
+    def _map_all(self, records: Sequence[RawRecord], refused: frozenset[str]) -> dict[int, list[_Candidate]]:
+        """Every record of a batch by partition, mapped."""
+        candidates: dict[int, list[_Candidate]] = {}
+        for record in records:
+            taken = candidates.get(record.partition)
+            if taken is None:
+                taken = candidates[record.partition] = []
+            taken.append((record, self._map(record, refused)))
+        return candidates
+
     def _map(self, record: RawRecord, refused: frozenset[str]) -> Normalised | Ignored | Failure:
-        if record.hop in refused:
+        if refused and record.hop in refused:
             return Failure(FailureKind.INVALID, "REFUSED_BY_BROKER", "record")
         return _guard(self._normaliser.normalise, record)
 
@@ -337,27 +377,29 @@ class MoneyDecider:
             self._next_look[name] = (now + wait, min(wait * 2, RELEASE_INTERVAL_CAP))
         return due
 
-    def _collect_references(self, candidates: Sequence[_Candidate], drafts: dict[int, Draft]) -> dict[str, Reference]:
-        """Identifiers this batch may need: of roots as named, of children as their root named them."""
+    def _collect_hashes(self, candidates: dict[int, list[_Candidate]], drafts: dict[int, Draft]) -> set[str]:
+        """Keyed hashes of the identifiers this batch may need: of roots as named, of children as their root did."""
         roots: dict[str, Reference | None] = {}
-        references: dict[str, Reference] = {}
-        for candidate in candidates:
-            mapped = candidate.mapped
-            if not isinstance(mapped, Normalised) or not mapped.needs_patient:
-                continue
-            root = mapped.event.root
-            if mapped.is_root:
-                roots[root] = mapped.event.patient
-            reference = mapped.event.patient or roots.get(root)
-            if reference is None and root not in roots:
-                lineage = drafts[candidate.record.partition].read_lineage(root)
-                reference = Reference(*lineage.patient) if lineage is not None and lineage.patient else None
-            if reference is not None:
-                references[self.hash_reference(reference)] = reference
-        return references
+        hashes = set()
+        for partition, taken in candidates.items():
+            for _, mapped in taken:
+                if not isinstance(mapped, Normalised) or not mapped.needs_patient:
+                    continue
+                reference, root = mapped.event.patient, mapped.event.root
+                if mapped.is_root:
+                    roots[root] = reference
+                elif reference is None:
+                    if root in roots:
+                        reference = roots[root]
+                    else:
+                        lineage = drafts[partition].read_lineage(root)
+                        reference = _as_reference(lineage.patient) if lineage is not None else None
+                if reference is not None:
+                    hashes.add(self.hash_reference(reference))
+        return hashes
 
-    async def _resolve(self, references: dict[str, Reference], due: Sequence[str]) -> dict[str, Resolution]:
-        wanted = list(dict.fromkeys([*references, *due]))
+    async def _resolve(self, hashes: set[str], due: Sequence[str]) -> dict[str, Resolution]:
+        wanted = list(hashes.union(due))
         if not wanted:
             return {}
         return dict(zip(wanted, await self._identities.resolve_hashes(wanted), strict=True))
@@ -398,9 +440,8 @@ class _Lane:
                 for entity in self.room.room.list_entities(awaited):
                     self._release_entity(entity)
 
-    def decide(self, candidate: _Candidate) -> None:
+    def decide(self, record: RawRecord, mapped: Normalised | Ignored | Failure) -> None:
         """Decide one new record."""
-        record, mapped = candidate.record, candidate.mapped
         self._draft.cause = record.hop
         if isinstance(mapped, Failure):
             self._writer.dead_letter(record, mapped, "normalise")
@@ -427,7 +468,7 @@ class _Lane:
             self._writer.dead_letter(record, _as_failure(error), "normalise")
             return
         self._draft.write_seen(event.transaction_key, [SeenEntry(digest, record.hop)])
-        if mapped.is_root and ended:
+        if mapped.is_root and ended and not self.room.is_empty:
             self._release_entity(event.root)
 
     def _settle(self, record: RawRecord, mapped: Normalised, held: Held | None) -> bool:
@@ -448,7 +489,7 @@ class _Lane:
         if not mapped.is_root:
             if not self._inherit(event):
                 return self._hold(record, event, PARENT_UNKNOWN, event.root, held)
-            if held is None and self.room.list_entity(event.root):
+            if held is None and not self.room.is_empty and self.room.list_entity(event.root):
                 return self._hold(record, event, BEHIND_ENTITY, event.root, held)
         if event.patient is None:
             self._writer.review(record, event, "PATIENT_NOT_NAMED")
@@ -495,7 +536,7 @@ class _Lane:
         self._draft.write_waiting(record.hop, self._decider.encode_waiting_entry(entry))
         self.room.hold(Held(record.hop, event.root, reason, awaited, since))
         if held is None:
-            self._writer.decision.fates.append((Fate.WAITING, reason))
+            self._writer.decision.fates[Fate.WAITING, reason] += 1
         return False
 
     def _release_entity(self, entity: str) -> None:
@@ -563,13 +604,14 @@ class AdmissionDecider:
         self._tenancy = tenancy
         self._hmac_key = hmac_key
         self._codecs = codecs
+        self._printer = _Printer(codecs)
         self._clock = clock or Clock()
 
     async def decide(
         self, rooms: dict[int, Room], records: Sequence[RawRecord], refused: frozenset[str] = frozenset()
     ) -> Decision:
         """Decide every message of a batch."""
-        writer = _Writer(self._codecs, self.source, self._clock.now_ms())
+        writer = _Writer(self._codecs, self._printer, self.source, self._clock.now_ms())
         drafts = {partition: Draft(room.state) for partition, room in rooms.items()}
         for record in records:
             drafts[record.partition].cause = record.hop
@@ -652,6 +694,12 @@ def _describe_root(event: MoneyEvent) -> Lineage:
     )
 
 
-def _format_time(milliseconds: int) -> str:
-    seconds, rest = divmod(milliseconds, 1000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{rest:03d}Z"
+def _list_keys(candidates: Iterable[_Candidate]) -> tuple[list[str], list[str]]:
+    """Keys of the facts of a partition's records, and the roots of those that are children."""
+    facts, roots = [], []
+    for _, mapped in candidates:
+        if isinstance(mapped, Normalised):
+            facts.append(mapped.event.transaction_key)
+            if mapped.needs_patient and not mapped.is_root:
+                roots.append(mapped.event.root)
+    return facts, roots

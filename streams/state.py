@@ -11,9 +11,8 @@ import hashlib
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lmdb
 import msgspec
@@ -22,10 +21,10 @@ from schemas.failure import FatalError
 from topics import catalog
 from topics.cluster import describe_topic_ids
 from topics.reading import Record, read_to_end
-from topics.transaction import Output
+from topics.transaction import Changelog
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from topics.cluster import KafkaSettings
 
@@ -76,25 +75,24 @@ VOID = _encoder.encode([])
 """Value of a key whose release failed: counts as absent, but survives compaction (a tombstone could be missed)."""
 
 
-@dataclass(slots=True)
-class Change:
-    """One entry of a store and its changelog record; ``value`` None removes it."""
-
-    store: str
-    key: bytes
-    value: bytes | None
-    output: Output
-
-
-@dataclass(slots=True)
 class Draft:
-    """Reads and changes of one batch on one partition; earlier records of the batch count for later ones."""
+    """Reads and changes of one batch on one partition; earlier records of the batch count for later ones.
 
-    state: PartitionState
-    changes: list[Change] = field(default_factory=list)
-    cause: str = ""
-    """Hop of the record under decision; named by its changelog records."""
-    _overlay: dict[tuple[str, bytes], bytes | None] = field(default_factory=dict)
+    ``cause`` is the hop of the record under decision; its changelog records name it when the broker refuses one.
+    """
+
+    __slots__ = ("_fetched", "_logs", "cause", "state")
+
+    def __init__(self, state: PartitionState, cause: str = "") -> None:
+        self.state = state
+        self.cause = cause
+        self._logs = {store: Changelog(topic, state.partition) for store, topic in state.topics.items()}
+        self._fetched: dict[str, dict[bytes, bytes | None]] = {}
+
+    def fetch(self, seen: Iterable[str], roots: Iterable[str]) -> None:
+        """Read what the batch will ask for in one go: keys of facts, and roots of children."""
+        wanted = {SEEN: list(map(_shorten, seen)), LINEAGE: list(map(_shorten, roots))}
+        self._fetched = self.state.read_many({store: keys for store, keys in wanted.items() if keys})
 
     def read_seen(self, key: str) -> list[SeenEntry]:
         """Decided copies of a fact; empty when absent or void."""
@@ -103,7 +101,7 @@ class Draft:
 
     def write_seen(self, key: str, entries: Sequence[SeenEntry]) -> None:
         """Replace the decided copies of a fact; none means void."""
-        self._write(SEEN, _shorten(key), _encoder.encode(list(entries)))
+        self._write(SEEN, _shorten(key), _encoder.encode(entries))
 
     def read_lineage(self, root: str) -> Lineage | None:
         """What is known of a root transaction."""
@@ -122,21 +120,28 @@ class Draft:
         """Put a record on hold, or (None) end its hold."""
         self._write(WAITING, hop.encode(), entry)
 
-    def list_outputs(self) -> list[Output]:
-        """Changelog records of all changes, in order."""
-        return [change.output for change in self.changes]
+    def list_changelogs(self) -> list[Changelog]:
+        """What changed, by changelog; of several changes of a key the last."""
+        return [log for log in self._logs.values() if log.entries]
+
+    def apply(self) -> None:
+        """Take the changes over into the store: after their transaction has committed."""
+        changed = {store: log for store, log in self._logs.items() if log.entries}
+        if changed:
+            self.state.apply(changed)
 
     def _read(self, store: str, key: bytes) -> bytes | None:
-        if (store, key) in self._overlay:
-            return self._overlay[store, key]
-        return self.state.read(store, key)
+        change = self._logs[store].entries.get(key)
+        if change is not None:
+            return change[0]
+        fetched = self._fetched.get(store, _NOTHING)
+        return fetched[key] if key in fetched else self.state.read(store, key)
 
     def _write(self, store: str, key: bytes, value: bytes | None) -> None:
-        topic = _TOPIC_NAMES[store](self.state.source)
-        self._overlay[store, key] = value
-        self.changes.append(
-            Change(store, key, value, Output(topic, key, value, partition=self.state.partition, cause=self.cause))
-        )
+        self._logs[store].entries[key] = (value, self.cause)
+
+
+_NOTHING: dict[bytes, bytes | None] = {}
 
 
 class PartitionState:
@@ -146,6 +151,8 @@ class PartitionState:
         self.source = source
         self.partition = partition
         self.path = folder / f"{source}-{partition}"
+        self.topics = {store: _TOPIC_NAMES[store](source) for store in stores}
+        """Changelog of each store."""
         self._stores = tuple(stores)
         self._environment: lmdb.Environment | None = None
         self._databases: dict[str, Any] = {}
@@ -154,14 +161,13 @@ class PartitionState:
 
     def load(self, kafka: KafkaSettings) -> None:
         """Open the store and catch up with its changelogs. Raises ``KafkaUnreachable`` or ``StateUnusable``."""
-        topics = {store: _TOPIC_NAMES[store](self.source) for store in self._stores}
-        ids = describe_topic_ids(kafka, topics.values())
-        self._topic_ids = {store: ids.get(topic, "") for store, topic in topics.items()}
+        ids = describe_topic_ids(kafka, self.topics.values())
+        self._topic_ids = {store: ids.get(topic, "") for store, topic in self.topics.items()}
         self._open()
         try:
-            for store, topic in topics.items():
+            for store, topic in self.topics.items():
                 self._catch_up(kafka, store, topic)
-            self._put([], self._applied, current=True)
+            self._put({}, self._applied, current=True)
         except BaseException:
             self.close()
             raise
@@ -172,18 +178,29 @@ class PartitionState:
             value = transaction.get(key, db=self._databases[store])
             return None if value is None else bytes(value)
 
+    def read_many(self, wanted: Mapping[str, Sequence[bytes]]) -> dict[str, dict[bytes, bytes | None]]:
+        """Values by store and key, None for an absent one; one read transaction."""
+        with self._begin() as transaction:
+            values: dict[str, dict[bytes, bytes | None]] = {}
+            for store, keys in wanted.items():
+                values[store] = dict.fromkeys(keys)
+                # The stubs do not know that without ``buffers`` all is bytes.
+                values[store].update(cast("Any", transaction.cursor(self._databases[store]).getmulti(keys)))
+            return values
+
     def scan(self, store: str) -> Iterable[tuple[bytes, bytes]]:
         """All entries of a store."""
         with self._begin() as transaction:
             for key, value in transaction.cursor(db=self._databases[store]):
                 yield bytes(key), bytes(value)
 
-    def apply(self, changes: Sequence[Change]) -> None:
-        """Take over the changes of a committed transaction; their outputs know their changelog offsets."""
-        entries = [(change.store, change.key, change.value) for change in changes]
+    def apply(self, changes: Mapping[str, Changelog]) -> None:
+        """Take over the changes of a committed transaction, by store."""
+        entries: dict[str, list[tuple[bytes, bytes | None]]] = {}
         applied = dict(self._applied)
-        for change in changes:
-            applied[change.store] = max(applied[change.store], change.output.offset + 1)
+        for store, log in changes.items():
+            entries[store] = [(key, value) for key, (value, _) in log.entries.items()]
+            applied[store] = max(applied[store], log.offset + 1)
         self._put(entries, applied, current=True)
 
     def close(self) -> None:
@@ -223,7 +240,7 @@ class PartitionState:
                 shutil.rmtree(self.path, ignore_errors=True)
                 continue
             self._applied = {store: int(meta.get(b"next:" + store.encode(), b"0")) for store in self._stores}
-            self._put([(_META, name, value) for name, value in marks.items()], self._applied)
+            self._put({_META: list(marks.items())}, self._applied)
             return
         raise StateUnusable("the store cannot be made anew.", place=str(self.path))
 
@@ -235,32 +252,33 @@ class PartitionState:
 
     def _catch_up(self, kafka: KafkaSettings, store: str, topic: str) -> None:
         start = {self.partition: self._applied[store]} if self._applied[store] else {}
-        chunk: list[tuple[str, bytes, bytes | None]] = []
+        chunk: list[tuple[bytes, bytes | None]] = []
         applied = dict(self._applied)
         for item in read_to_end(kafka, topic, offsets=start, partitions=[self.partition]):
             if isinstance(item, Record):
                 if item.key:
-                    chunk.append((store, item.key, item.value))
+                    chunk.append((item.key, item.value))
                 applied[store] = item.offset + 1
                 if len(chunk) >= 5000:
-                    self._put(chunk, applied)
+                    self._put({store: chunk}, applied)
                     chunk.clear()
             else:
                 applied[store] = item[self.partition]
-        self._put(chunk, applied)
+        self._put({store: chunk}, applied)
 
     def _put(
-        self, entries: Iterable[tuple[str, bytes, bytes | None]], applied: dict[str, int], *, current: bool = False
+        self,
+        entries: Mapping[str, Sequence[tuple[bytes, bytes | None]]],
+        applied: dict[str, int],
+        *,
+        current: bool = False,
     ) -> None:
         if self._environment is None:
             raise StateUnusable("the store is closed.", place=str(self.path))
         try:
             with self._environment.begin(write=True) as transaction:
-                for store, key, value in entries:
-                    if value is None:
-                        transaction.delete(key, db=self._databases[store])
-                    else:
-                        transaction.put(key, value, db=self._databases[store])
+                for store, changes in entries.items():
+                    _write(transaction.cursor(self._databases[store]), changes)
                 meta = self._databases[_META]
                 for store, offset in applied.items():
                     transaction.put(b"next:" + store.encode(), str(offset).encode(), db=meta)
@@ -278,6 +296,18 @@ class PartitionState:
         if self._environment is None:
             raise StateUnusable("the store is closed.", place=str(self.path))
         return self._environment.begin()
+
+
+def _write(cursor: lmdb.Cursor, changes: Sequence[tuple[bytes, bytes | None]]) -> None:
+    """Put and remove, in order."""
+    removed = [number for number, (_, value) in enumerate(changes) if value is None]
+    begin = 0
+    for number in (*removed, len(changes)):
+        if number > begin:
+            cursor.putmulti(cast("Any", changes[begin:number]))
+        if number < len(changes) and cursor.set_key(changes[number][0]):
+            cursor.delete()
+        begin = number + 1
 
 
 def _shorten(key: str) -> bytes:

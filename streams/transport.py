@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import faust
@@ -283,6 +284,63 @@ class Feeder:
             raw = [record for records in taken.values() for record in records]
             batches.append(Batch(topic, polled.number, raw, rooms, positions, self._refused, self))
         return batches
+
+    # A record that ends the process (see ``streams.suspects``).
+
+    def _open_suspects(self) -> None:
+        try:
+            known = self.suspects.open()
+        except OSError as error:
+            raise StateUnusable(f"{type(error).__name__}.", place=str(self._state_folder)) from None
+        for partition, suspicion in known.items():
+            if suspicion.exits >= EXITS:
+                self._log.error(
+                    "record_by_record",
+                    place=f"{partition}:{suspicion.begin}",
+                    exits=suspicion.exits,
+                    records=suspicion.end - suspicion.begin,
+                )
+
+    def _is_suspicious(self) -> bool:
+        return bool(self.suspects.known) and self.suspects.is_suspected(self._list_frontiers())
+
+    def _list_frontiers(self) -> dict[str, int]:
+        ids = self.group.topic_ids
+        return {f"{ids[topic]}:{partition}": at for (topic, partition), at in self.group.frontiers().items()}
+
+    def _take_in_hand(self, batch: Batch) -> None:
+        """Note the batch's records for a successor; one that is known to end the process is not decided again."""
+        if not batch.records:
+            return
+        topic_id = self.group.topic_ids[batch.topic]
+        ranges: dict[str, tuple[int, int]] = {}
+        for record in batch.records:
+            key = f"{topic_id}:{record.partition}"
+            if key not in ranges:
+                ranges[key] = (record.offset, batch.positions[record.partition])
+        alone = len(batch.records) == 1 and self._is_suspicious()
+        if alone and self.suspects.is_culprit(*next((key, begin) for key, (begin, _) in ranges.items())):
+            batch.verdict = self._condemn(batch.records[0])
+        else:
+            self.suspects.take(ranges, alone=alone)
+
+    def _condemn(self, record: RawRecord) -> Decision:
+        self._log.error("record_ends_the_process", code="CRASHED_WORKER", place=record.hop)
+        letter = build_dead_letter(
+            key=record.key,
+            value=record.value,
+            original=record.headers,
+            failure=Failure(FailureKind.INTERNAL, "CRASHED_WORKER", "record"),
+            stage="normalise",
+            hop=record.hop,
+            origin=record.origin,
+            now_ms=time.time_ns() // 1_000_000,
+        )
+        return Decision(dead_letters=[letter], fates=Counter({(Fate.DEAD_LETTERED, "CRASHED_WORKER"): 1}))
+
+    def _acquit(self, batch: Batch) -> None:
+        if self.suspects.known:
+            self.suspects.acquit(self._list_frontiers(), found=batch.verdict is not None)
 
     def _build(self, message: Any, topic: str, partition: int, offset: int) -> RawRecord:
         return RawRecord(

@@ -114,6 +114,11 @@ class WaitingDraft:
         self._touch(held.entity).pop(held.hop, None)
         self.released.append(held)
 
+    @property
+    def is_empty(self) -> bool:
+        """Nothing is on hold, and nothing of this batch was or is: the ordinary case, told at no cost."""
+        return not self._touched and not len(self.room)
+
     def list_entity(self, entity: str) -> list[Held]:
         """Records of an entity on hold, in order of arrival."""
         waiting = self._touched.get(entity)

@@ -15,9 +15,9 @@ import asyncio
 import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, TopicPartition
 
@@ -25,8 +25,8 @@ from schemas.failure import FatalError, OperatorError, TemporaryError
 from topics import frontier
 from topics.cluster import KafkaUnreachable, describe_topic_ids, name_error
 from topics.lease import STATISTICS_INTERVAL_MS, Lease
-from topics.reading import Record, TopicReader
-from topics.transaction import Output, ProcessFenced, RecordRefused, TransactionAborted, Transactor
+from topics.reading import TopicReader
+from topics.transaction import Changelog, Output, ProcessFenced, RecordRefused, TransactionAborted, Transactor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from topics.cluster import KafkaSettings
 
 T = TypeVar("T")
+R = TypeVar("R")
 Partition = tuple[str, int]
 """Topic name and partition number."""
 
@@ -51,11 +52,16 @@ class PositionBroken(FatalError):
 
 
 @dataclass(slots=True)
-class Polled:
-    """Records of one poll, with the assignment number they belong to."""
+class Polled(Generic[R]):
+    """Records of one poll by partition, in offset order, with the assignment number they belong to."""
 
     number: int
-    records: list[Record]
+    partitions: dict[Partition, list[R]] = field(default_factory=dict)
+
+    @property
+    def records(self) -> list[R]:
+        """All records, partition after partition."""
+        return [record for records in self.partitions.values() for record in records]
 
 
 @dataclass(slots=True)
@@ -69,9 +75,10 @@ class _Owned:
     """Just assigned or sought: the first record is checked against the frontier."""
 
 
-class GroupConsumer:
+class GroupConsumer(Generic[R]):
     """A member of a consumer group with exactly-once positions.
 
+    ``build`` makes the caller's record of a message, its topic, partition and offset (``topics.reading.build_record``).
     ``load`` is called in a worker thread for each newly assigned partition, before its first record, and returns when
     the partition's local state is current (it may raise ``TemporaryError`` to be called again). ``release`` is called
     on the consumer's thread when a partition is taken away. ``keeps_records`` says that the caller keeps records above
@@ -86,6 +93,7 @@ class GroupConsumer:
         topics: Sequence[str],
         instance: str,
         transactional_id: str,
+        build: Callable[[Any, str, int, int], R],
         load: Callable[[str, int], None] = lambda _topic, _partition: None,
         release: Callable[[str, int], None] = lambda _topic, _partition: None,
         report: Callable[[str, OperatorError], None] = lambda _event, _error: None,
@@ -98,6 +106,7 @@ class GroupConsumer:
         self._lease = Lease()
         self._kafka = kafka
         self._instance = instance
+        self._build = build
         self._load = load
         self._release = release
         self._report = report
@@ -117,7 +126,7 @@ class GroupConsumer:
         """Fence predecessors, subscribe. Raises ``KafkaUnreachable``."""
         await self._call(self._open)
 
-    async def poll(self, max_records: int, wait: float) -> Polled:
+    async def poll(self, max_records: int, wait: float) -> Polled[R]:
         """Records of active partitions; empty after ``wait`` seconds without any. Raises ``FatalError``."""
         return await self._call(self._poll, max_records, wait)
 
@@ -127,15 +136,16 @@ class GroupConsumer:
         outputs: Sequence[Output],
         positions: Mapping[Partition, int],
         *,
+        changelogs: Sequence[Changelog] = (),
         committed: Callable[[], None] = lambda: None,
     ) -> None:
-        """One transaction: outputs, frontiers and offsets of ``positions`` (next offset per partition).
+        """One transaction: outputs, changelogs, frontiers and offsets of ``positions`` (next offset per partition).
 
         ``committed`` runs on the consumer's thread right after the commit, before any later poll. Raises
         ``StaleAssignment``, ``TransactionAborted`` or ``RecordRefused``: the partitions are then back at their frontier
         and nothing is visible. ``positions`` must not be empty: an offset is what fences a zombie.
         """
-        await self._call(self._commit, number, outputs, positions, committed)
+        await self._call(self._commit, number, outputs, changelogs, positions, committed)
 
     async def rewind(self) -> None:
         """Seek every active partition to its frontier (a batch was given up)."""
@@ -216,7 +226,7 @@ class GroupConsumer:
             self.topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
         )
 
-    def _poll(self, max_records: int, wait: float) -> Polled:
+    def _poll(self, max_records: int, wait: float) -> Polled[R]:
         with self._once_failed_for_good():
             return self._consume(max_records, wait)
 
@@ -236,53 +246,56 @@ class GroupConsumer:
             self.failure = FatalError(f"{type(error).__name__} was raised.", place=self.group)
             raise
 
-    def _consume(self, max_records: int, wait: float) -> Polled:
-        records: list[Record] = []
+    def _consume(self, max_records: int, wait: float) -> Polled[R]:
         first = self._consumer.poll(wait)
         number = self.number
-        if first is not None:
-            messages = [first, *self._consumer.consume(max_records - 1, 0)] if max_records > 1 else [first]
-            if self.number != number:
-                # A rebalance was served between the two calls; all of it is read again from the frontiers.
-                self._rewind()
-                return Polled(self.number, [])
-            for message in messages:
-                record = self._take(message)
-                if record is not None:
-                    records.append(record)
-        return Polled(self.number, records)
+        if first is None:
+            return Polled(number)
+        messages = [first, *self._consumer.consume(max_records - 1, 0)] if max_records > 1 else [first]
+        if self.number != number:
+            # A rebalance was served between the two calls; all of it is read again from the frontiers.
+            self._rewind()
+            return Polled(self.number)
+        build = self._build
+        partitions: dict[Partition, list[R]] = {}
+        lowest: dict[Partition, int] = {}
+        for message in messages:
+            error = message.error()
+            if error is not None:
+                self._judge(message, error)
+                continue
+            topic, partition, offset = message.topic(), message.partition(), message.offset()
+            key = (topic, partition)
+            records = partitions.get(key)
+            if records is None:
+                lowest[key] = self._begin(key, offset)
+                records = partitions[key] = []
+            if offset >= lowest[key]:
+                records.append(build(message, topic, partition, offset))
+        return Polled(number, partitions)
 
-    def _take(self, message: Any) -> Record | None:
-        error = message.error()
-        if error is not None:
-            if error.fatal():
-                raise ProcessFenced(f"the group fenced this member ({error.name()}).", place=self.group)
-            if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # noqa: SLF001
-                raise frontier.FrontierLost(
-                    "the position is outside the log.", place=f"{message.topic()}[{message.partition()}]"
-                )
-            return None
-        owned = self._owned.get((message.topic(), message.partition()))
-        if owned is None or not owned.active:
-            raise PositionBroken("a record of a partition that is not active.", place=message.topic())
-        if message.offset() < owned.frontier:
-            if self._keeps_records:
-                return None  # read again after a rewind, and finished meanwhile
-            raise PositionBroken(
-                f"offset {message.offset()} below {owned.frontier}.", place=f"{message.topic()}[{message.partition()}]"
+    def _judge(self, message: Any, error: KafkaError) -> None:
+        """An event in place of a record: most are for librdkafka to mend."""
+        if error.fatal():
+            raise ProcessFenced(f"the group fenced this member ({error.name()}).", place=self.group)
+        if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # noqa: SLF001
+            raise frontier.FrontierLost(
+                "the position is outside the log.", place=f"{message.topic()}[{message.partition()}]"
             )
-        if owned.placed:
-            owned.placed = False
-            self._check_gap(message.topic(), message.partition(), owned.frontier, message.offset())
-        return Record(
-            message.topic(),
-            message.partition(),
-            message.offset(),
-            message.key(),
-            message.value(),
-            message.headers() or [],
-            message.timestamp()[1],
-        )
+
+    def _begin(self, key: Partition, offset: int) -> int:
+        """Check the first record of a partition; offsets only rise after it. Return the lowest one wanted."""
+        owned = self._owned.get(key)
+        if owned is None or not owned.active:
+            raise PositionBroken("a record of a partition that is not active.", place=key[0])
+        if offset < owned.frontier:
+            if not self._keeps_records:
+                raise PositionBroken(f"offset {offset} below {owned.frontier}.", place=f"{key[0]}[{key[1]}]")
+            # Read again after a rewind, and finished meanwhile.
+        elif owned.placed:
+            self._check_gap(*key, owned.frontier, offset)
+        owned.placed = False
+        return owned.frontier
 
     def _check_gap(self, topic: str, partition: int, start: int, offset: int) -> None:
         """Between a position we set and the first record may lie transaction markers and aborted records only."""
@@ -302,16 +315,23 @@ class GroupConsumer:
         self,
         number: int,
         outputs: Sequence[Output],
+        changelogs: Sequence[Changelog],
         positions: Mapping[Partition, int],
         committed: Callable[[], None],
     ) -> None:
         if not positions:
             raise ValueError("a transaction without offsets fences nothing")
         with self._once_failed_for_good():
-            self._transact(number, outputs, positions)
+            self._transact(number, outputs, changelogs, positions)
             committed()
 
-    def _transact(self, number: int, outputs: Sequence[Output], positions: Mapping[Partition, int]) -> None:
+    def _transact(
+        self,
+        number: int,
+        outputs: Sequence[Output],
+        changelogs: Sequence[Changelog],
+        positions: Mapping[Partition, int],
+    ) -> None:
         if number != self.number:
             self._rewind()
             raise StaleAssignment
@@ -322,7 +342,7 @@ class GroupConsumer:
         ]
         metadata = self._consumer.consumer_group_metadata()
         try:
-            self._transactor.commit([*outputs, *frontiers], offsets, metadata)
+            self._transactor.commit([*outputs, *frontiers], offsets, metadata, changelogs)
         except (TransactionAborted, RecordRefused):
             self._rewind()
             raise

@@ -40,6 +40,13 @@ HOP = "hop"
 EVENT_ID = "event_id"
 MAPPING_VERSION = "mapping_version"
 
+REVIEWED_HOP = "reviewed_hop"
+"""Hop of the record in review that this one takes the place of; always the last header."""
+NAMED_PATIENT = "named_patient"
+"""Keyed hash of the identifier a person named in a review."""
+EDITED_FROM = "edited_from"
+"""On a dead letter: ``partition:offset`` of the one it is an edited version of. It is no fate of its own."""
+
 DEAD_LETTER_STAGE = "dead_letter_stage"
 """``normalise``, ``release`` or the name of a target."""
 DEAD_LETTER_KIND = "dead_letter_kind"
@@ -48,7 +55,7 @@ DEAD_LETTER_FIELD = "dead_letter_field"
 DEAD_LETTER_TIME = "dead_letter_time"
 
 
-class RawRecord(msgspec.Struct, kw_only=True):
+class RawRecord(msgspec.Struct, kw_only=True, gc=False):
     """A record of a raw topic as a stream sees it. ``hop`` is ``topic id:partition:offset``."""
 
     hop: str

@@ -6,7 +6,7 @@ Changelogs, frontiers, projections and accounts read this way. Blocking; run it 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
@@ -42,7 +42,7 @@ class TopicMissing(TemporaryError):
     default_remedy = "Run `remitstream topics apply`."
 
 
-class Record(msgspec.Struct):
+class Record(msgspec.Struct, gc=False):
     """One record as read; ``timestamp`` in milliseconds since the epoch."""
 
     topic: str
@@ -52,6 +52,13 @@ class Record(msgspec.Struct):
     value: bytes | None
     headers: Headers
     timestamp: int
+
+
+def build_record(message: Any, topic: str, partition: int, offset: int) -> Record:
+    """The record of a Kafka message."""
+    return Record(
+        topic, partition, offset, message.key(), message.value(), message.headers() or [], message.timestamp()[1]
+    )
 
 
 class TopicReader:
@@ -118,18 +125,9 @@ class TopicReader:
                 if error.retriable() or error.code() in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT):  # noqa: SLF001
                     continue
                 raise KafkaUnreachable(f"reading failed ({error.name()}).", place=self.topic)
-            self._move(message.partition(), message.offset() + 1)
-            records.append(
-                Record(
-                    message.topic(),
-                    message.partition(),
-                    message.offset(),
-                    message.key(),
-                    message.value(),
-                    message.headers() or [],
-                    message.timestamp()[1],
-                )
-            )
+            partition, offset = message.partition(), message.offset()
+            self._move(partition, offset + 1)
+            records.append(build_record(message, self.topic, partition, offset))
         return records
 
     def positions(self) -> dict[int, int]:

@@ -10,6 +10,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from schemas.failure import FatalError
@@ -38,28 +39,37 @@ class TransactionAborted(Exception):
 class RecordRefused(Exception):
     """The broker (or client) refuses one record for what it is (too large, invalid); the transaction was rolled back.
 
-    ``index`` is its place in the outputs, or None when only the whole attempt is known to hold it; the next attempt
-    then sends the records one by one to find it.
+    ``cause`` is the hop it comes from and ``index`` its place in the outputs (None for a changelog's record); both are
+    None when only the whole attempt is known to hold it: the next attempt then sends the records one by one.
     """
 
-    def __init__(self, index: int | None, code: str) -> None:
+    def __init__(self, index: int | None, code: str, cause: str | None = None) -> None:
         super().__init__(code)
         self.index = index
         self.code = code
+        self.cause = cause
 
 
-@dataclass(slots=True)
-class Output:
-    """A record to write. ``partition`` None lets the key decide (murmur2). ``cause`` is the hop it comes from."""
+class Output(msgspec.Struct, gc=False):
+    """A record to write. ``partition`` -1 lets the key decide (murmur2). ``cause`` is the hop it comes from."""
 
     topic: str
     key: bytes
     value: bytes | None
-    headers: Headers = field(default_factory=list)
-    partition: int | None = None
+    headers: Headers = msgspec.field(default_factory=list)
+    partition: int = -1
     cause: str = ""
+
+
+@dataclass(slots=True)
+class Changelog:
+    """Changes of one partition of a changelog topic: per key the value (None removes it) and the hop it comes from."""
+
+    topic: str
+    partition: int
+    entries: dict[bytes, tuple[bytes | None, str]] = field(default_factory=dict)
     offset: int = -1
-    """Where it was written; set when the transaction has committed."""
+    """Of the last record written; set when the transaction has committed."""
 
 
 _REFUSALS = frozenset(
@@ -99,8 +109,6 @@ class Transactor:
         )
         self._producer: Any = Producer(self._configuration)
         self._is_open = False
-        self._delivered: list[tuple[Output, int]] = []
-        self._errors: list[tuple[Output | None, Any]] = []
         self._one_by_one = False
 
     def open(self, timeout: float = 30.0) -> None:
@@ -113,8 +121,14 @@ class Transactor:
             raise KafkaUnreachable(f"no transaction ({name_error(error)}).", place=self._bootstrap) from None
         self._is_open = True
 
-    def commit(self, outputs: Sequence[Output], offsets: list[TopicPartition], group_metadata: object) -> None:
-        """Write all outputs and the input offsets in one transaction; set each output's ``offset``.
+    def commit(
+        self,
+        outputs: Sequence[Output],
+        offsets: list[TopicPartition],
+        group_metadata: object,
+        changelogs: Sequence[Changelog] = (),
+    ) -> None:
+        """Write all outputs, changelogs and the input offsets in one transaction; set each changelog's ``offset``.
 
         Everything is flushed and acknowledged before the offsets are sent: the last step before the commit.
         Raises ``TransactionAborted``, ``RecordRefused`` or ``ProcessFenced``; then nothing of it is visible.
@@ -124,25 +138,30 @@ class Transactor:
                 self.open(8.0)
             except KafkaUnreachable as error:
                 raise TransactionAborted(error.detail) from None
-        # Lists of this transaction: a late report of a replaced producer goes into the old ones.
-        self._delivered, self._errors = [], []
+        # Of this transaction: a late report of a replaced producer goes into the old ones.
+        reports = [_Reports() for _ in range(len(changelogs) + 1)]
         try:
             self._producer.begin_transaction()
-            for index, output in enumerate(outputs):
-                self._produce(index, output)
-                if self._one_by_one and (self._producer.flush(8.0) or self._errors):
-                    break
-            if self._producer.flush(8.0):
-                self._errors.append((None, None))
-            if self._errors:
-                self._raise_delivery_error(outputs)
+            if self._one_by_one:
+                self._produce_one_by_one(outputs, changelogs, reports)
+            else:
+                self._produce(outputs, reports[-1])
+                for changelog, report in zip(changelogs, reports, strict=False):
+                    self._produce_changelog(changelog, report)
+                is_flushed = self._producer.flush(8.0) == 0
+                self._check_reports(reports, outputs, changelogs, is_flushed=is_flushed)
             self._send_offsets(offsets, group_metadata)
         except KafkaException as error:
             self._fail(error)
+        except SystemError as error:
+            # Of a fatal error the client makes an exception, and then calls the delivery reports over it.
+            if not isinstance(error.__cause__, KafkaException):
+                raise
+            self._fail(error.__cause__)
         self._commit()
         self._one_by_one = False
-        for output, offset in self._delivered:
-            output.offset = offset
+        for changelog, report in zip(changelogs, reports, strict=False):
+            changelog.offset = report[None].offset() if changelog.entries else -1
 
     def close(self) -> None:
         """Abort what is open. Fenced or unanswered, the coordinator does it by itself."""
@@ -183,45 +202,87 @@ class Transactor:
         self._producer = Producer(self._configuration)
         self._is_open = False
 
-    def _produce(self, index: int, output: Output) -> None:
-        arguments: dict[str, Any] = {"headers": output.headers, "on_delivery": self._build_reporter(output)}
-        if output.partition is not None:
-            arguments["partition"] = output.partition
-        while True:
+    def _produce(self, outputs: Sequence[Output], report: _Reports) -> None:
+        produce, note = self._producer.produce, report.__setitem__
+        for index, output in enumerate(outputs):
             try:
-                self._producer.produce(output.topic, output.value, output.key, **arguments)
-            except BufferError:
-                self._producer.poll(0.05)
-                continue
-            except KafkaException as error:
-                code = error.args[0].code()
-                if code in _REFUSALS:
-                    self._abort()
-                    raise RecordRefused(index, name_error(error)) from None
-                raise
+                if output.headers:
+                    produce(output.topic, output.value, output.key, output.partition, note, headers=output.headers)
+                else:
+                    produce(output.topic, output.value, output.key, output.partition, note)
+            except (BufferError, KafkaException) as error:
+                self._insist(error, output, index, note)
+
+    def _produce_changelog(self, changelog: Changelog, report: _Reports) -> None:
+        produce, note = self._producer.produce, report.__setitem__
+        topic, partition = changelog.topic, changelog.partition
+        for key, (value, cause) in changelog.entries.items():
+            try:
+                produce(topic, value, key, partition, note)
+            except (BufferError, KafkaException) as error:
+                self._insist(error, Output(topic, key, value, partition=partition, cause=cause), None, note)
+
+    def _produce_one_by_one(
+        self, outputs: Sequence[Output], changelogs: Sequence[Changelog], reports: list[_Reports]
+    ) -> None:
+        """Know of each record whether the broker takes it."""
+        for index, output in enumerate(outputs):
+            self._produce([output], reports[-1])
+            self._check_one(reports[-1], index, output.cause)
+        for changelog, report in zip(changelogs, reports, strict=False):
+            for key, entry in changelog.entries.items():
+                self._produce_changelog(Changelog(changelog.topic, changelog.partition, {key: entry}), report)
+                self._check_one(report, None, entry[1])
+
+    def _check_one(self, report: _Reports, index: int | None, cause: str) -> None:
+        is_flushed = self._producer.flush(8.0) == 0
+        errors = [error for error in report if error is not None]
+        if is_flushed and not errors:
             return
-
-    def _build_reporter(self, output: Output) -> Any:
-        delivered, errors = self._delivered, self._errors
-
-        def report(error: Any, message: Any) -> None:
-            if error is None:
-                delivered.append((output, message.offset()))
-            else:
-                errors.append((output, error))
-
-        return report
-
-    def _raise_delivery_error(self, outputs: Sequence[Output]) -> None:
-        refused = [(output, error) for output, error in self._errors if error is not None and error.code() in _REFUSALS]
         self._abort()
-        if refused:
-            output, error = refused[0]
-            # The broker refuses a whole produce request: only a lone record is known to be the culprit.
-            self._one_by_one = len(refused) > 1
-            index = next((i for i, known in enumerate(outputs) if known is output), None)
-            raise RecordRefused(None if self._one_by_one else index, error.name())
+        if errors and errors[0].code() in _REFUSALS:
+            self._one_by_one = False
+            raise RecordRefused(index, errors[0].name(), cause)
         raise TransactionAborted("a record was not acknowledged")
+
+    def _insist(self, error: BufferError | KafkaException, output: Output, index: int | None, note: Any) -> None:
+        """Produce a record for which the client's queue had no room, or say that the client refuses it."""
+        while isinstance(error, BufferError):
+            self._producer.poll(0.05)
+            try:
+                self._producer.produce(
+                    output.topic, output.value, output.key, output.partition, note, headers=output.headers
+                )
+            except (BufferError, KafkaException) as again:
+                error = again
+            else:
+                return
+        if error.args[0].code() in _REFUSALS:
+            self._abort()
+            raise RecordRefused(index, name_error(error), output.cause) from None
+        raise error
+
+    def _check_reports(
+        self,
+        reports: Sequence[_Reports],
+        outputs: Sequence[Output],
+        changelogs: Sequence[Changelog],
+        *,
+        is_flushed: bool,
+    ) -> None:
+        errors = [(error, message) for report in reports for error, message in report.items() if error is not None]
+        if is_flushed and not errors:
+            return
+        self._abort()
+        refused = [error for error, _ in errors if error.code() in _REFUSALS]
+        if not refused:
+            raise TransactionAborted("a record was not acknowledged")
+        # The broker refuses a whole produce request, and one report stands for all with the same error: only sending
+        # one by one tells which record it is, unless there is just one.
+        if len(outputs) + sum(len(changelog.entries) for changelog in changelogs) == 1:
+            raise RecordRefused(0 if outputs else None, refused[0].name(), _find_only_cause(outputs, changelogs))
+        self._one_by_one = True
+        raise RecordRefused(None, refused[0].name(), None)
 
     def _commit(self) -> None:
         for _ in range(3):
@@ -272,6 +333,17 @@ class Transactor:
             self._stop_if_over(cause)
             if cause.retriable():
                 self._replace()
+
+
+_Reports = dict[Any, Any]
+"""Delivery reports by error (None for success), the last message of each: a dictionary's own method takes them at a
+third of the cost of a function, and only the last offset and the kinds of error are wanted."""
+
+
+def _find_only_cause(outputs: Sequence[Output], changelogs: Sequence[Changelog]) -> str:
+    if outputs:
+        return outputs[0].cause
+    return next(cause for changelog in changelogs for _, cause in changelog.entries.values())
 
 
 class UndecidedCommit(FatalError):

@@ -14,7 +14,7 @@ from schemas.failure import FatalError, TemporaryError
 from topics.cluster import KafkaSettings, KafkaUnreachable, describe_topic_ids
 from topics.frontier import FrontierLost, await_pending_offsets, build_frontier, read_frontiers
 from topics.group import GroupConsumer, PositionBroken, StaleAssignment
-from topics.reading import Record, TopicReader, read_to_end
+from topics.reading import Record, TopicReader, build_record, read_to_end
 from topics.transaction import Output, ProcessFenced, RecordRefused, TransactionAborted, Transactor
 
 pytestmark = pytest.mark.integration
@@ -64,6 +64,7 @@ class Place:
             topics=[self.source],
             instance=f"{self.id}-{name}",
             transactional_id=f"{self.id}-{name}",
+            build=build_record,
             **arguments,
         )
         self.members.append(member)

@@ -13,7 +13,7 @@ from streams.waiting import Held, WaitingDraft, WaitingRoom
 from telemetry.metrics import Metrics
 from topics.cluster import KafkaSettings
 from topics.group import Polled, StaleAssignment
-from topics.reading import Record
+from topics.headers import RawRecord
 from topics.transaction import Output, RecordRefused, TransactionAborted
 
 RAW = ("raw.stripe", "raw.hl7")
@@ -34,9 +34,12 @@ class Group:
     async def poll(self, limit, _wait):
         self.calls.append(("poll", limit))
         await asyncio.sleep(0)
-        return Polled(1, self.polls.pop(0) if self.polls else [])
+        polled = Polled(1)
+        for topic, taken in self.polls.pop(0) if self.polls else []:
+            polled.partitions.setdefault((topic, taken.partition), []).append(taken)
+        return polled
 
-    async def commit(self, number, outputs, positions, *, committed):
+    async def commit(self, number, outputs, positions, *, changelogs, committed):
         self.calls.append(("commit", number, [output.key for output in outputs], dict(positions)))
         answer = self.answers.pop(0) if self.answers else None
         if answer is not None:
@@ -55,7 +58,9 @@ class Group:
 
 
 def record(offset, topic="raw.stripe"):
-    return Record(topic, 0, offset, b"k", b"v", [], 0)
+    return topic, RawRecord(
+        hop=f"T:0:{offset}", partition=0, offset=offset, key=b"k", value=b"v", headers=[], timestamp=0
+    )
 
 
 @pytest.fixture
@@ -139,7 +144,7 @@ async def test_after_an_unexpected_error_no_batch_is_handed_out(feeder):
 async def test_a_refused_record_stays_marked_until_it_is_decided(feeder):
     feeder.group.polls = [[record(0), record(1)]]
     batch = await feeder.next_batch()
-    feeder.group.answers = [RecordRefused(1, "MSG_SIZE_TOO_LARGE")]
+    feeder.group.answers = [RecordRefused(1, "MSG_SIZE_TOO_LARGE", "T:0:1")]
     await batch.commit(decide(batch))
     # Another topic's batch comes between: the mark must survive it.
     feeder.group.polls = [[record(0, "raw.hl7")], [record(0), record(1)], [record(2)]]
@@ -156,7 +161,7 @@ async def test_a_refused_release_is_marked_by_its_own_hop(feeder):
     waiting = Held("T:0:7", "e", "PATIENT_UNKNOWN", "p", 0)
     room.hold(waiting)
     batch = await feeder.next_batch()
-    feeder.group.answers = [RecordRefused(0, "MSG_SIZE_TOO_LARGE")]
+    feeder.group.answers = [RecordRefused(0, "MSG_SIZE_TOO_LARGE", "T:0:7")]
     await batch.commit(decide(batch, hops=["T:0:7"]))
     feeder.group.polls = [[record(8)]]
     between = await feeder.next_batch()
@@ -255,7 +260,9 @@ async def test_metrics_count_each_fate(feeder):
     feeder.group.polls = [[record(0)]]
     batch = await feeder.next_batch()
     decision = decide(batch)
-    decision.fates = [(Fate.CANONICAL, "capture"), (Fate.DEAD_LETTERED, "AMOUNT_MISSING"), (Fate.IN_REVIEW, "X")]
+    decision.fates[Fate.CANONICAL, "capture"] = 2
+    decision.fates[Fate.DEAD_LETTERED, "AMOUNT_MISSING"] = 1
+    decision.fates[Fate.IN_REVIEW, "X"] = 1
     await batch.commit(decision)
     text = feeder._metrics.render().decode()
     assert 'fate="canonical"' in text

@@ -13,7 +13,7 @@ from streams.transport import Feeder, WorkerStuck
 from telemetry.metrics import Metrics
 from topics.cluster import KafkaSettings
 from topics.group import Polled
-from topics.reading import Record
+from topics.headers import RawRecord
 
 RAW = "raw.stripe"
 
@@ -41,11 +41,15 @@ class Group:
         if self.failure is not None:
             raise self.failure
         if self.position >= self.polls:
-            return Polled(1, [])
+            return Polled(1)
         self.position += 1
-        return Polled(1, [Record(RAW, 0, self.position - 1, b"k", b"v", [], 0)])
+        offset = self.position - 1
+        record = RawRecord(
+            hop=f"T:0:{offset}", partition=0, offset=offset, key=b"k", value=b"v", headers=[], timestamp=0
+        )
+        return Polled(1, {(RAW, 0): [record]})
 
-    async def commit(self, _number, _outputs, positions, *, committed):
+    async def commit(self, _number, _outputs, positions, *, changelogs, committed):
         self.frontier = positions[RAW, 0]
         committed()
         self.committed.append(self.frontier)

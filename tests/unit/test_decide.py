@@ -22,6 +22,7 @@ from streams.decide import Codecs, MoneyDecider, Room
 from streams.normalise import Normaliser
 from streams.state import LINEAGE, SEEN, WAITING, PartitionState, SeenEntry
 from topics.headers import RawRecord, find_header
+from topics.transaction import Output
 
 SCHEMAS = ("money_event", "patient_record", "disposition", "review", "waiting_entry", "delivery_outcome")
 TYPES = {
@@ -170,9 +171,11 @@ class World:
     def commit(self, decision):
         """What the transaction and the group consumer do with a decision."""
         for output in decision.list_outputs():
-            log = self.topics.setdefault(output.topic, [])
-            output.offset = len(log)
-            log.append(output)
+            self.topics.setdefault(output.topic, []).append(output)
+        for changelog in decision.list_changelogs():
+            log = self.topics.setdefault(changelog.topic, [])
+            log += [Output(changelog.topic, key, value) for key, (value, _) in changelog.entries.items()]
+            changelog.offset = len(log) - 1
         decision.apply()
 
     async def run(self, *bodies, refused=()):
@@ -643,7 +646,7 @@ def apply_before_commit(monkeypatch):
     async def decide_and_apply(self, records, refused=()):
         decision = await decided(self, records, refused)
         for draft in decision.drafts:
-            draft.state.apply(draft.changes)
+            draft.apply()
         return decision
 
     monkeypatch.setattr(World, "decide", decide_and_apply)

@@ -44,9 +44,10 @@ class Log:
 
     def commit(self, draft):
         """What the transaction does: append, tell the offsets, apply."""
-        for change in draft.changes:
-            change.output.offset = self.append(change.output.topic, change.key, change.value)
-        draft.state.apply(draft.changes)
+        for changelog in draft.list_changelogs():
+            for key, (value, _) in changelog.entries.items():
+                changelog.offset = self.append(changelog.topic, key, value)
+        draft.apply()
 
 
 @pytest.fixture
@@ -104,12 +105,13 @@ def test_changes_are_written_to_the_own_partition_of_their_changelogs(open_state
     draft.write_seen("k", [ENTRY])
     draft.write_waiting("T:3:1", None)
     draft.write_lineage("root", Lineage("event"))
-    assert [(o.topic, o.key, o.partition, o.cause) for o in draft.list_outputs()] == [
-        ("seen.stripe", b"k", 3, "T:3:9"),
-        ("waiting.stripe", b"T:3:1", 3, "T:3:9"),
-        ("lineage.stripe", b"root", 3, "T:3:9"),
+    logs = draft.list_changelogs()
+    assert [(log.topic, log.partition, list(log.entries)) for log in logs] == [
+        ("seen.stripe", 3, [b"k"]),
+        ("waiting.stripe", 3, [b"T:3:1"]),
+        ("lineage.stripe", 3, [b"root"]),
     ]
-    assert draft.list_outputs()[1].value is None
+    assert logs[1].entries == {b"T:3:1": (None, "T:3:9")}
 
 
 def test_void_is_a_value_that_counts_as_absent(open_state, log):
@@ -136,8 +138,9 @@ def test_what_was_committed_but_not_applied_is_caught_up(open_state, log):
     draft = Draft(state)
     draft.write_seen("b", [ENTRY])
     draft.write_seen("a", [])
-    for change in draft.changes:
-        log.append(change.output.topic, change.key, change.value)
+    for changelog in draft.list_changelogs():
+        for key, (value, _) in changelog.entries.items():
+            log.append(changelog.topic, key, value)
     state = open_state()
     assert list_keys(state) == ["a", "b"]
     assert Draft(state).read_seen("a") == []
@@ -280,7 +283,7 @@ def test_a_closed_store_is_not_read(open_state):
     with pytest.raises(StateUnusable):
         state.read(SEEN, b"k")
     with pytest.raises(StateUnusable):
-        state.apply([])
+        state.apply({})
 
 
 def test_long_keys_stay_apart(open_state, log):
