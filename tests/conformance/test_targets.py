@@ -18,15 +18,18 @@ from schemas.failure import Failure, FailureKind
 from schemas.mapping import check_files
 from schemas.money import Money
 from schemas.tenancy import Authority, Facility
+from sinks.attempts import Entry, decode_entry, encode_entry
 from sinks.catalog import discover
-from sinks.contract import HttpResponse, PostingContext, TargetClass
-from sinks.ledger import Entry, Ledger, Policy, decode_entry, encode_entry
-from sinks.transport import judge_response
+from sinks.contract import Answer, HttpResponse, PostingContext, TargetClass, Unclear
+from sinks.ledger import Ledger
+from sinks.policy import Policy
+from sinks.transport import judge_response, read_completion, read_finding
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "targets"
 TARGETS = discover()
 OVER_HTTP = [name for name, target in TARGETS.items() if target.transport == "http"]
+WITH_LOOK_UP = [name for name in OVER_HTTP if TARGETS[name].http.look_up is not None]
 NOW = 1_772_355_606.0  # Sun, 01 Mar 2026 09:00:06 GMT
 
 
@@ -74,6 +77,28 @@ def first_case(name):
     return next(case.values[1] for case in read_cases("requests") if case.values[0] == name)
 
 
+def find_case(name, stem):
+    if stem is None:
+        return first_case(name)
+    return json.loads((FIXTURES / name / "requests" / f"{stem}.json").read_text("utf-8"))
+
+
+def fill(text, request):
+    """What a fixture cannot know: keys of ours."""
+    for place, value in (
+        ("control_id", request.control_id),
+        ("reference", request.reference),
+        ("root", request.reference.partition("-")[0]),
+    ):
+        text = text.replace(f"{{{place}}}", value)
+    return text
+
+
+def build_response(page, request):
+    answer = page["answer"] if isinstance(page["answer"], str) else json.dumps(page["answer"])
+    return HttpResponse(page["status"], page.get("headers", {}), fill(answer, request).encode())
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_each_claimed_capability_has_a_fixture(name):
     proved = {case.values[1]["capability"] for kind in ("requests", "answers") for case in read_cases(kind)
@@ -84,12 +109,12 @@ def test_each_claimed_capability_has_a_fixture(name):
 @pytest.mark.parametrize(("name", "case"), read_cases("requests"))
 def test_the_request_is_the_one_written_by_hand(name, case):
     request, _ = freeze(name, case)
-    wanted = "\n".join(case["request"]).replace("{control_id}", request.control_id)
-    wanted = wanted.replace("{reference}", request.reference)
+    wanted = fill("\n".join(case["request"]), request)
     assert request.body.decode("utf-8").rstrip("\r\n").replace("\r\n", "\n").replace("\r", "\n") == wanted
     assert request.method == case.get("method", "")
-    assert request.url == case.get("url", "").replace("{control_id}", request.control_id)
-    assert [list(header) for header in request.headers] == case.get("headers", [])
+    assert request.url == fill(case.get("url", ""), request)
+    wanted_headers = [[header, fill(value, request)] for header, value in case.get("headers", [])]
+    assert [list(header) for header in request.headers] == wanted_headers
 
 
 @pytest.mark.parametrize(("name", "case"), read_cases("requests"))
@@ -111,13 +136,75 @@ def test_the_key_is_a_function_of_event_and_instance_alone(name, case):
 @pytest.mark.parametrize(("name", "case"), read_cases("answers"))
 def test_the_answer_means_what_it_must(name, case):
     settings = build_settings(name, case["settings"])
-    request, _ = freeze(name, first_case(name))
-    text = "\r".join(case["answer"]).replace("{control_id}", request.control_id)
+    request, _ = freeze(name, find_case(name, case.get("request")))
+    text = fill("\r".join(case["answer"]), request)
     reply = {part: case[part] for part in ("status", "headers") if part in case}
     answer = judge(name, text.encode() + b"\r", request, settings, **reply)
     assert answer.kind == (FailureKind(case["kind"]) if case["kind"] else None)
     assert answer.code == case["code"]
     assert answer.reference == case.get("reference", "")
+
+
+@pytest.mark.parametrize(("name", "case"), read_cases("look_ups"))
+def test_the_look_up_asks_and_concludes_what_it_must(name, case):
+    request, _ = freeze(name, find_case(name, case["request"]))
+    settings = build_settings(name, case["settings"])
+    head = TARGETS[name].http
+    page = head.look_up.ask(request, 1_772_355_605_000, settings)
+    for given in case["pages"]:
+        assert page.method == "GET"
+        assert page.body == b""
+        assert page.url == fill(given["url"], request)
+        assert "authorization" not in dict(page.headers)
+        finding = read_finding(head, build_response(given, request), page, request, settings, now=NOW)
+        page = getattr(finding, "request", None)
+    assert type(finding).__name__ == case["finding"]
+    value = next((getattr(finding, part) for part in ("reference", "code") if hasattr(finding, part)), "")
+    assert value == case["value"]
+
+
+@pytest.mark.parametrize("name", WITH_LOOK_UP)
+def test_every_conclusion_of_a_look_up_has_a_fixture(name):
+    findings = {case.values[1]["finding"] for case in read_cases("look_ups") if case.values[0] == name}
+    assert {"Found", "Absent", "Unclear"} <= findings
+
+
+@pytest.mark.parametrize("name", WITH_LOOK_UP)
+@pytest.mark.parametrize("status", [200, 302, 400, 404, 408, 500, 502])
+@pytest.mark.parametrize("answer", [b"", b"\x00\xff\xfe", b"{}", b"[]", b"null", b"<html>"])
+def test_garbage_never_tells_that_a_posting_is_absent(name, status, answer):
+    for case in (case.values[1] for case in read_cases("requests") if case.values[0] == name):
+        request, settings = freeze(name, case)
+        head = TARGETS[name].http
+        page = head.look_up.ask(request, 1_772_355_605_000, settings)
+        finding = read_finding(head, HttpResponse(status, {}, answer), page, request, settings, now=NOW)
+        # An Answer is about the target as a whole: it is asked again.
+        assert isinstance(finding, Unclear | Answer)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_class_c_comes_with_a_look_up(name):
+    for case in (case.values[1] for case in read_cases("requests") if case.values[0] == name):
+        if TARGETS[name].classify(build_settings(name, case["settings"])) is TargetClass.C:
+            assert name in WITH_LOOK_UP
+
+
+@pytest.mark.parametrize(("name", "case"), read_cases("completions"))
+def test_a_request_is_completed_or_not_written(name, case):
+    request, settings = freeze(name, find_case(name, case["request"]))
+    head = TARGETS[name].http
+    question = head.completion.ask(request, settings)
+    if question is None:
+        assert case["question"] is None
+        assert request.url == fill(case["url"], request)
+        return
+    assert question.method == "GET"
+    assert question.url == fill(case["question"], request)
+    read = read_completion(head, build_response(case, request), request, settings, now=NOW)
+    if "url" in case:
+        assert read == fill(case["url"], request)
+    else:
+        assert (read.kind, read.code) == (case["kind"], case["code"])
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -268,7 +355,8 @@ def test_money_of_the_fixtures_is_written_by_hand():
         money = Money(**case.values[1]["event"]["money"])
         text = "\n".join(case.values[1]["request"])
         if case.values[0] in OVER_HTTP:
-            digits = re.search(r'"(?:TotalAmt|Amount)":([0-9.]+)[,}]', text)[1]
+            place = case.values[1].get("amount_at", r'"(?:TotalAmt|[Aa]mount)":([0-9.]+)[,}]')
+            digits = re.search(place, text)[1]
         else:
             digits = text.split(f"&{money.currency}", 1)[0].rsplit("|", 1)[1].lstrip("-")
         assert int(digits.replace(".", "")) == money.minor
