@@ -27,6 +27,7 @@ import asyncio
 import secrets
 import ssl
 import time
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 from urllib.parse import urlsplit
@@ -39,7 +40,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
-from identity.resolution import Entry, Resolution, Walk, build_entry
+from identity.resolution import Entry, Known, Resolution, Walk, build_entry, is_own_number
 from schemas.failure import ConfigurationError, TemporaryError
 from schemas.tenancy import Strict
 from telemetry.metrics import METRICS, Metric, Metrics
@@ -421,21 +422,28 @@ class Identities:
     async def resolve_hashes(self, hashes: Sequence[str]) -> list[Resolution]:
         """As ``resolve``, by keyed hash of the identifier. One round trip, plus one per step of the longest chain."""
         started = time.perf_counter()
-        walks = {key_hash: Walk(key_hash) for key_hash in hashes}
-        open_walks = list(walks.values())
+        results: dict[str, Resolution] = {}
+        walks: list[Walk] = []
+        wanted = list(dict.fromkeys(hashes))
+        for key_hash, entry in (await self._fetch_all(wanted)).items():
+            if entry is not None and entry.mrn is not None and is_own_number(entry, key_hash):
+                # The ordinary case: no merge, nothing to walk.
+                results[key_hash] = Known(entry.mrn)
+            else:
+                walks.append(Walk(key_hash))
+                walks[-1].step(entry)
+        open_walks = [walk for walk in walks if walk.result is None]
         while open_walks:
-            wanted = list({walk.wanted: None for walk in open_walks})
-            entries: dict[str, Entry | None] = {}
-            for start in range(0, len(wanted), CHUNK):
-                entries |= await self._fetch(wanted[start : start + CHUNK])
+            entries = await self._fetch_all(list({walk.wanted: None for walk in open_walks}))
             for walk in open_walks:
                 walk.step(entries[walk.wanted])
             open_walks = [walk for walk in open_walks if walk.result is None]
+        results |= {walk.begin: walk.take_result() for walk in walks}
         self._metrics.observe(Metric.IDENTITY_SECONDS, time.perf_counter() - started)
-        results = [_take_result(walks[key_hash]) for key_hash in hashes]
-        for result in results:
-            self._metrics.count(Metric.IDENTITY_LOOKUPS.value.name, result=type(result).__name__.lower())
-        return results
+        found = [results[key_hash] for key_hash in hashes]
+        for kind, count in Counter(map(type, found)).items():
+            self._metrics.add(Metric.IDENTITY_LOOKUPS, count, result=kind.__name__.lower())
+        return found
 
     async def check(self) -> None:
         """Raise ``RedisDown`` or ``ProjectionBehind`` when a look-up would; for readiness."""
@@ -451,10 +459,24 @@ class Identities:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    async def _fetch_all(self, wanted: list[str]) -> dict[str, Entry | None]:
+        entries: dict[str, Entry | None] = {}
+        for start in range(0, len(wanted), CHUNK):
+            entries |= await self._fetch(wanted[start : start + CHUNK])
+        return entries
+
     async def _fetch(self, hashes: list[str]) -> dict[str, Entry | None]:
         raw, values = await self._connection.call(lambda: self._read(hashes))
         state = self._check_state(_parse_state(raw))
-        return {key_hash: self._decode(value, state) for key_hash, value in zip(hashes, values, strict=True)}
+        decode, epoch = self._decoder.decode, state.epoch
+        entries: dict[str, Entry | None] = {}
+        try:
+            for key_hash, value in zip(hashes, values, strict=True):
+                entry = None if value is None else decode(value)
+                entries[key_hash] = entry if entry is not None and entry.epoch == epoch else None
+        except msgspec.MsgspecError:
+            raise ProjectionBehind("an entry is not readable.", place=self._connection.place) from None
+        return entries
 
     async def _read(self, hashes: list[str]) -> tuple[dict[bytes, bytes], list[bytes | None]]:
         async with self._connection.client.pipeline(transaction=True) as pipeline:
@@ -477,20 +499,6 @@ class Identities:
         # What was seen applied once is required from now on: a Redis put back to an old snapshot shows here.
         self.require(state.offsets)
         return state
-
-    def _decode(self, value: bytes | None, state: State) -> Entry | None:
-        if value is None:
-            return None
-        try:
-            entry = self._decoder.decode(value)
-        except msgspec.MsgspecError:
-            raise ProjectionBehind("an entry is not readable.", place=self._connection.place) from None
-        return entry if entry.epoch == state.epoch else None
-
-
-def _take_result(walk: Walk) -> Resolution:
-    assert walk.result is not None, "the loop above ends only then"
-    return walk.result
 
 
 def _parse_state(raw: Mapping[bytes, bytes]) -> State | None:

@@ -82,6 +82,11 @@ def build_entry(record: PatientRecord, key: HmacKey, epoch: str) -> Entry:
     )
 
 
+def is_own_number(entry: Entry, key_hash: str) -> bool:
+    """Whether an identifier is itself its patient's medical record number, neither merged nor retired."""
+    return entry.mrn_hash == key_hash and entry.status == ACTIVE and entry.merged_into is None
+
+
 class Walk:
     """The way from one identifier to its patient.
 
@@ -89,9 +94,10 @@ class Walk:
     a whole batch share their round trips.
     """
 
-    __slots__ = ("_mrn", "_visited", "result", "wanted")
+    __slots__ = ("_mrn", "_visited", "begin", "result", "wanted")
 
     def __init__(self, key_hash: str) -> None:
+        self.begin = key_hash
         self.wanted = key_hash
         self.result: Resolution | None = None
         self._visited = {key_hash}
@@ -109,10 +115,15 @@ class Walk:
             self.result = Ambiguous("RECORD_CONTRADICTORY")
         elif entry.mrn is None or entry.mrn_hash is None:
             self.result = Ambiguous("MRN_AMBIGUOUS")
-        elif entry.mrn_hash == self.wanted:
+        elif is_own_number(entry, self.wanted):
             self.result = Known(entry.mrn)
         else:
             self._go_on(entry.mrn_hash, entry.mrn)
+
+    def take_result(self) -> Resolution:
+        """What the walk came to. Only after ``result`` was set."""
+        assert self.result is not None, "the caller steps until then"
+        return self.result
 
     def _go_on(self, key_hash: str, mrn: Reference | None) -> None:
         if key_hash in self._visited:
