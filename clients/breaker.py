@@ -1,7 +1,8 @@
 """Whether calls to a target may begin: a circuit breaker with one probe at a time. Pure: steady seconds, passed in.
 
 An outage is not poison: while the breaker is not closed nothing is sent and nothing is dead-lettered. Refused
-credentials open it for good, until the credential changed or a person says so.
+credentials open it until the credential changed or a person says so; with ``refused_backoff`` one call is also tried
+now and then, because a person may have mended it at the target, where nobody tells us.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Breaker:
         *,
         threshold: int = 3,
         backoff: Backoff | None = None,
+        refused_backoff: Backoff | None = None,
         probe_seconds: float = 60.0,
     ) -> None:
         if threshold < 1:
@@ -64,6 +66,7 @@ class Breaker:
         self._draw = draw
         self._threshold = threshold
         self._backoff = backoff or Backoff()
+        self._refused_backoff = refused_backoff
         self._probe_seconds = probe_seconds
         self._state = BreakerState.CLOSED
         self._term = 0
@@ -88,7 +91,7 @@ class Breaker:
         """Leave for one call that begins now, or None."""
         if self._state is BreakerState.CLOSED:
             return self._issue(probe=False)
-        if self._state is BreakerState.REFUSED or now < self._opens_until or self._is_probing(now):
+        if self._waits_for_person or now < self._opens_until or self._is_probing(now):
             return None
         ticket = self._issue(probe=True)
         self._probe = (ticket.number, now)
@@ -96,7 +99,7 @@ class Breaker:
 
     def measure_wait(self, now: float) -> float | None:
         """Seconds until ``admit`` may give leave; None when only a person or a new credential can say."""
-        if self._state is BreakerState.REFUSED:
+        if self._waits_for_person:
             return None
         if self._state is BreakerState.CLOSED:
             return 0.0
@@ -134,7 +137,8 @@ class Breaker:
             self.succeed(ticket, now)
         elif self._is_current(ticket):
             self._failures += 1
-            if ticket.probe or self._failures >= self._threshold:
+            # A target that names a time has spoken for itself.
+            if ticket.probe or retry_after > 0 or self._failures >= self._threshold:
                 self._open(now, code, retry_after)
 
     def withdraw(self, ticket: Ticket) -> None:
@@ -157,6 +161,10 @@ class Breaker:
         self._state = BreakerState.OPEN
         self._opens_until = now
 
+    @property
+    def _waits_for_person(self) -> bool:
+        return self._state is BreakerState.REFUSED and self._refused_backoff is None
+
     def _issue(self, *, probe: bool) -> Ticket:
         self._number += 1
         return Ticket(self._term, self._credential, probe, self._number)
@@ -175,7 +183,10 @@ class Breaker:
             self.withdraw(ticket)
             return
         self._credential = credential
-        if self._state is not BreakerState.REFUSED:
+        if self._state is not BreakerState.REFUSED or ticket.probe:
+            self._openings += 1
+            if self._refused_backoff is not None:
+                self._opens_until = now + self._refused_backoff.draw_pause(self._openings, self._draw)
             self._begin_term(now, BreakerState.REFUSED, code)
 
     def _open(self, now: float, code: str, retry_after: float) -> None:

@@ -154,9 +154,12 @@ class ConcurrencyLimit:
     ``tolerance`` times the usual plus ``slack`` seconds. The mean is over one round of calls, as many as the limit. The
     usual follows the rounds slowly, so that a target that became slower for good is believed after some tens of them.
 
+    Up to ``tolerated`` of a round's calls may fail without an answer: with one record in ten that makes a target fall
+    over, a limit that falls at each would end at one call. Being told to wait always counts at once.
+
     The limit stays within ``floor`` and ``ceiling``. It falls to ``shrink`` of itself, once for all the calls that were
     under way when it fell: they say nothing new. It grows only after a whole good round in which every place was in
-    use: a quiet hour proves nothing.
+    use: a quiet hour proves nothing. With ``doubles`` it grows to twice itself until it falls for the first time.
     """
 
     def __init__(
@@ -168,20 +171,26 @@ class ConcurrencyLimit:
         tolerance: float = 2.0,
         slack: float = 0.05,
         shrink: float = 0.7,
+        tolerated: float = 0.0,
+        doubles: bool = False,
     ) -> None:
         if not 1 <= floor <= ceiling:
             raise ValueError("1 <= floor <= ceiling")
         self._floor = floor
         self._ceiling = ceiling
-        self.limit = min(max(floor if initial is None else initial, floor), ceiling)
+        self._initial = min(max(floor if initial is None else initial, floor), ceiling)
+        self.limit = self._initial
         """Calls that may be under way now."""
         self.under_way = 0
         self._tolerance = tolerance
         self._slack = slack
         self._shrink = shrink
+        self._tolerated = tolerated
+        self._doubles = self._is_doubling = doubles
         self._generation = 0
         self._usual: float | None = None
         self._latencies: list[float] = []
+        self._unanswered = 0
         self._reached = False
 
     def begin(self, now: float) -> Call | None:
@@ -197,18 +206,34 @@ class ConcurrencyLimit:
         self.under_way -= 1
         if call.generation != self._generation:
             return
-        if kind in _PRESSURE:
+        if kind in _PRESSURE and (kind is FailureKind.RATE_LIMITED or not self._tolerated):
             self._fall()
             return
-        self._latencies.append(max(0.0, now - call.began))
-        if len(self._latencies) >= self.limit:
+        if kind in _PRESSURE:
+            self._unanswered += 1
+        else:
+            self._latencies.append(max(0.0, now - call.began))
+        if len(self._latencies) + self._unanswered >= self.limit:
             self._end_round()
 
     def withdraw(self) -> None:
         """Give the place back of a call that was never made."""
         self.under_way -= 1
 
+    def restart(self) -> None:
+        """Begin as at first: the target was away, and may be weak when it comes back."""
+        self.limit = min(self.limit, self._initial)
+        self._is_doubling = self._doubles
+        self._generation += 1
+        self._begin_round()
+
     def _end_round(self) -> None:
+        if self._unanswered > self._tolerated * self.limit:
+            self._fall()
+            return
+        if not self._latencies:
+            self._begin_round()
+            return
         mean = sum(self._latencies) / len(self._latencies)
         usual = mean if self._usual is None else self._usual
         self._usual = usual + 0.1 * (mean - usual)
@@ -216,14 +241,16 @@ class ConcurrencyLimit:
             self._fall()
             return
         if self._reached:
-            self.limit = min(self._ceiling, self.limit + 1)
+            self.limit = min(self._ceiling, self.limit * 2 if self._is_doubling else self.limit + 1)
         self._begin_round()
 
     def _fall(self) -> None:
         self.limit = max(self._floor, int(self.limit * self._shrink))
+        self._is_doubling = False
         self._generation += 1
         self._begin_round()
 
     def _begin_round(self) -> None:
         self._latencies.clear()
+        self._unanswered = 0
         self._reached = False

@@ -13,7 +13,8 @@ The rules, each of which answers a way to lose or to double a posting:
 * Nothing is resent, and no later event of the entity starts, before the call deadline of every earlier write of the
   event has passed; after a take-over also the session timeout: the late first write may still land.
 * Class A resends the same bytes while its key's window, less the margins, is open, and looks again just before the
-  write. Class B resends. Outside the window, and for C (which has no look-up here yet) and D, a person decides.
+  write. Class B resends. Class C, and A outside the window where the target can be asked, looks up: found is DONE,
+  only what is surely absent is posted, unclear is asked again. For D, and A without a look-up, a person decides.
 * A rejected resend after a write that may have landed is UNKNOWN: the first write may have been the one that counts.
 * Behind an event that is REJECTED, UNKNOWN or PARKED, later events of its entity are PARKED in order.
 """
@@ -23,277 +24,45 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import msgspec
-
-from schemas.events import MoneyEvent, Outcome
+from schemas.events import Action, Outcome
 from schemas.failure import FailureKind
-from sinks.contract import Answer, Request, TargetClass
+from sinks.attempts import (
+    BEHIND_ENTITY,
+    BY_PERSON,
+    NEVER,
+    Attempt,
+    Entry,
+    Failed,
+    Flush,
+    Report,
+    Ruling,
+    Source,
+    State,
+    build_entry,
+    encode_entry,
+    restore_attempt,
+)
+from sinks.contract import Absent, Answer, Finding, Found, Request, TargetClass, Unclear
+from sinks.policy import Moment, Policy, Step
 
 if TYPE_CHECKING:
-    from topics.headers import Headers
+    from schemas.events import Decision, MoneyEvent
 
-BEHIND_ENTITY = "BEHIND_ENTITY"
-"""Parked: an earlier event of the entity is rejected, unknown or parked."""
 RESEND_REJECTED = "RESEND_REJECTED"
 """Unknown: a resend was refused although the first write may have been applied."""
 WINDOW_OVER = "WINDOW_OVER"
 """Unknown: the target may have forgotten the idempotency key."""
 
+SEEN_ABSENT = "SEEN_ABSENT"
+"""To be posted: the target was asked and does not have it."""
+SEEN_THERE = "SEEN_THERE"
+"""Posted: the target was asked and has it."""
+
 _REFUSALS = frozenset({FailureKind.REJECTED, FailureKind.INVALID, FailureKind.UNMAPPED})
 _DOUBTS = frozenset({FailureKind.AMBIGUOUS, FailureKind.INTERNAL})
-_NEVER = float("inf")
-
-
-class State(StrEnum):
-    """State of an event at the target."""
-
-    PENDING = "PENDING"
-    """Only in memory: nothing was decided yet."""
-    IN_FLIGHT = "IN_FLIGHT"
-    """A call may be under way."""
-    DONE = "DONE"
-    REJECTED = "REJECTED"
-    """Refused by the target, or impossible to build; the dead letter is its report."""
-    RETRY_AT = "RETRY_AT"
-    """Surely not applied; tried again later. Holds the frontier."""
-    PARKED = "PARKED"
-    """Cannot finish soon; no longer holds the frontier."""
-    UNKNOWN = "UNKNOWN"
-    """May have been applied. With a time to resend it holds the frontier; without one a person decides."""
-
-
-_STOPPED = frozenset({State.REJECTED, State.PARKED})
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """Now: ``steady`` seconds for waiting, ``wall`` milliseconds since the epoch for what outlives the process."""
-
-    steady: float
-    wall: int
-
-    def count_wait(self, until_wall: int) -> float:
-        """Steady time at which that wall time is reached."""
-        return self.steady + max(0, until_wall - self.wall) / 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """How one target instance is treated. Times in seconds.
-
-    ``window`` is how long the target remembers an idempotency key; None means that nobody knows.
-    """
-
-    target_class: TargetClass
-    call_deadline: float
-    session_timeout: float
-    window: float | None = None
-    clock_error: float = 5.0
-    retry_first: float = 0.5
-    retry_longest: float = 60.0
-    park_after: int = 6
-    """Refusals for now of one event, after which it is parked and no longer holds the frontier."""
-
-    def may_resend(self, first_write_at: int, moment: Moment) -> bool:
-        """Whether a request that may have landed is safe to send again at this moment."""
-        if self.target_class is TargetClass.B:
-            return True
-        if self.target_class is not TargetClass.A or self.window is None or not first_write_at:
-            return False
-        margin = self.call_deadline + self.session_timeout + self.clock_error
-        return moment.wall + margin * 1000 <= first_write_at + self.window * 1000
-
-    def choose_pause(self, tries: int) -> float:
-        """Exponential pause before the next try of one event, without jitter (only this event waits for it)."""
-        return float(min(self.retry_longest, self.retry_first * 2 ** min(tries, 20)))
-
-
-class Entry(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
-    """Value of `attempts.<target>`, keyed by event id. New members go to the end, with a default."""
-
-    state: str
-    topic: str
-    offset: int
-    entity: str
-    number: int = 0
-    frozen_at: int = 0
-    first_write_at: int = 0
-    may_have_landed: bool = False
-    control_id: str = ""
-    reference: str = ""
-    body: bytes | None = None
-    retry_at: int = 0
-    tries: int = 0
-    failure: str = ""
-    code: str = ""
-    outcome: str = ""
-    key: bytes | None = None
-    value: bytes | None = None
-    """The canonical event as read; kept while it may still be needed, because the frontier may be past it."""
-    headers: list[tuple[str, bytes]] = []
-    since: int = 0
-    method: str = ""
-    url: str = ""
-    request_headers: list[tuple[str, str]] = []
-
-    def __repr__(self) -> str:
-        return f"Entry({self.state}, {self.topic}@{self.offset}, attempt {self.number}, {self.code or 'no code'})"
-
-
-_decoder = msgspec.msgpack.Decoder(Entry)
-_encoder = msgspec.msgpack.Encoder()
-
-
-def encode_entry(entry: Entry) -> bytes:
-    """Bytes for the changelog."""
-    return _encoder.encode(entry)
-
-
-def decode_entry(value: bytes) -> Entry:
-    """Entry from the changelog. Raises ``msgspec.MsgspecError``."""
-    return _decoder.decode(value)
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """The canonical record an attempt is about. Its repr shows neither key nor value."""
-
-    key: bytes = field(repr=False)
-    value: bytes = field(repr=False)
-    headers: Headers = field(repr=False, default_factory=list)
-
-
-class Attempt:
-    """One event at the target, as it is in memory. Compared by identity; its repr shows no payload."""
-
-    __slots__ = (
-        "calling",
-        "code",
-        "due",
-        "entity",
-        "event",
-        "event_id",
-        "failure",
-        "first_write_at",
-        "frozen_at",
-        "is_first_write",
-        "is_queued",
-        "may_have_landed",
-        "number",
-        "offset",
-        "outcome",
-        "recorded",
-        "request",
-        "retry_at",
-        "settled_at",
-        "since",
-        "source",
-        "state",
-        "tries",
-        "written",
-    )
-
-    def __init__(self, event_id: str, offset: int, entity: str, source: Source, event: MoneyEvent | None) -> None:
-        self.event_id = event_id
-        self.offset = offset
-        self.entity = entity
-        self.source = source
-        self.event = event
-        """None until decoded, and for good when the record cannot be."""
-        self.state = State.PENDING
-        self.request: Request | None = None
-        self.number = 0
-        """Calls begun."""
-        self.tries = 0
-        """Refusals for now, since the event was last at rest."""
-        self.frozen_at = 0
-        self.first_write_at = 0
-        """No write happened before this wall time; 0 when none can have."""
-        self.may_have_landed = False
-        self.retry_at = 0
-        self.failure = ""
-        self.code = ""
-        self.outcome = ""
-        """The last outcome reported to `deliveries`."""
-        self.since = 0
-        """Wall time at which the event was first seen here."""
-        self.due = _NEVER
-        """Steady time of the next step; infinite when there is none."""
-        self.settled_at = 0.0
-        """Steady time after which no earlier write of this event can still land."""
-        self.written = False
-        """Whether the running call has written."""
-        self.is_first_write = False
-        """Whether no call before the running one has written."""
-        self.calling = False
-        self.is_queued = False
-        """Whether it stands in line to begin."""
-        self.recorded = False
-        """Whether the changelog holds an entry."""
-
-    def __repr__(self) -> str:
-        return f"Attempt({self.event_id}, {self.state}, offset {self.offset}, attempt {self.number})"
-
-    @property
-    def waits_for_person(self) -> bool:
-        """UNKNOWN with nothing left that the machine may do."""
-        return self.state is State.UNKNOWN and self.due == _NEVER and not self.calling
-
-    @property
-    def is_stopped(self) -> bool:
-        """Whether later events of the entity are parked behind it."""
-        return self.state in _STOPPED or self.waits_for_person
-
-    @property
-    def is_put_off(self) -> bool:
-        """PARKED for a reason of its own, to be tried again at a time."""
-        return self.state is State.PARKED and self.code != BEHIND_ENTITY
-
-    @property
-    def is_passable(self) -> bool:
-        """Whether the frontier may move past it."""
-        return self.state is State.DONE or self.is_stopped
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What the next transaction tells `deliveries` (and `dlq`, when ``dead_letter`` is set) about an event."""
-
-    attempt: Attempt
-    outcome: Outcome
-    failure: str
-    code: str
-    number: int
-    control_id: str
-    reference: str
-    field: str = ""
-    dead_letter: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Flush:
-    """One partition's part of a transaction: changelog entries (None: tombstone), reports, next offset to read."""
-
-    records: list[tuple[str, bytes | None]]
-    reports: list[Report]
-    frontier: int
-    passed: int
-    dirty: list[Attempt]
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A call without an answer. ``kind`` UNAVAILABLE means that nothing was written, AMBIGUOUS that it may have landed.
-
-    ``WITHDRAWN`` calls were given up before the write and are no attempt.
-    """
-
-    kind: FailureKind | Literal["WITHDRAWN"]
-    code: str
+_ABOUT_TARGET = frozenset({FailureKind.AUTH, FailureKind.RATE_LIMITED})
 
 
 class Ledger:
@@ -321,30 +90,7 @@ class Ledger:
 
     def restore(self, event_id: str, entry: Entry) -> None:
         """Take an entry of the changelog (the last one of its key)."""
-        source = Source(entry.key or b"", entry.value or b"", entry.headers)
-        attempt = Attempt(event_id, entry.offset, entry.entity, source, None)
-        attempt.state = State(entry.state)
-        attempt.number = entry.number
-        attempt.tries = entry.tries
-        attempt.frozen_at = entry.frozen_at
-        attempt.first_write_at = entry.first_write_at
-        attempt.may_have_landed = entry.may_have_landed
-        attempt.retry_at = entry.retry_at
-        attempt.failure = entry.failure
-        attempt.code = entry.code
-        attempt.outcome = entry.outcome
-        attempt.since = entry.since
-        attempt.recorded = True
-        if entry.body is not None:
-            attempt.request = Request(
-                entry.body,
-                entry.control_id,
-                entry.reference,
-                entry.method,
-                entry.url,
-                tuple(entry.request_headers),
-            )
-        self.attempts[event_id] = attempt
+        self.attempts[event_id] = restore_attempt(event_id, entry)
 
     def forget(self, event_id: str) -> None:
         """Take a tombstone of the changelog."""
@@ -362,6 +108,9 @@ class Ledger:
                 continue
             if attempt.may_have_landed or attempt.state in (State.IN_FLIGHT, State.UNKNOWN):
                 attempt.settled_at = quiet
+            if attempt.state is State.UNKNOWN and not attempt.decidable_at:
+                attempt.decidable_at = moment.after(quiet - moment.steady).wall
+                self._touch(attempt)
             self._entities.setdefault(attempt.entity, []).append(attempt)
         for queue in list(self._entities.values()):
             for attempt in queue:
@@ -448,30 +197,37 @@ class Ledger:
         attempt.state = State.IN_FLIGHT
         attempt.failure = attempt.code = ""
         attempt.retry_at = 0
-        attempt.due = _NEVER
+        attempt.due = NEVER
         attempt.number += 1
         attempt.calling = True
         attempt.written = False
         self._touch(attempt)
 
-    def resend(self, attempt: Attempt, moment: Moment) -> bool:
-        """Begin a resend of a request that may have landed; False when a person must decide now instead."""
-        if not self.policy.may_resend(attempt.first_write_at, moment):
-            self._stop_unknown(attempt, FailureKind.AMBIGUOUS, WINDOW_OVER, moment)
-            return False
-        attempt.due = _NEVER
-        attempt.number += 1
+    def resume(self, attempt: Attempt, moment: Moment) -> Step:
+        """Begin the next step of a request that may have landed; PERSON when nothing is begun any more."""
+        step = self.policy.choose_step(attempt.first_write_at, moment)
+        if step is Step.PERSON:
+            self._stop_unknown(attempt, FailureKind.AMBIGUOUS, self._name_doubt(attempt.code), moment)
+            return step
+        attempt.due = NEVER
         attempt.calling = True
         attempt.written = False
-        attempt.is_first_write = False
-        return True
+        attempt.asks = step is Step.LOOK_UP
+        if step is Step.RESEND:
+            attempt.number += 1
+            attempt.is_first_write = False
+        return step
+
+    def may_ask(self, attempt: Attempt, moment: Moment) -> bool:
+        """The last look before a look-up leaves: no write of the event can still land."""
+        return attempt.calling and attempt.asks and moment.steady >= attempt.settled_at
 
     def may_write(self, attempt: Attempt, moment: Moment) -> bool:
         """The last look before the socket write; True notes the write.
 
         A call may look again: HTTP does between head and body, and before it repeats a request that was answered 401.
         """
-        if not attempt.calling or (not attempt.written and moment.steady < attempt.settled_at):
+        if not attempt.calling or attempt.asks or (not attempt.written and moment.steady < attempt.settled_at):
             return False
         if attempt.may_have_landed and not self.policy.may_resend(attempt.first_write_at, moment):
             return False
@@ -505,13 +261,37 @@ class Ledger:
         else:
             self._settle_unapplied(attempt, result, moment)
 
+    def settle_look_up(self, attempt: Attempt, result: Finding | Answer | Failed, moment: Moment) -> None:
+        """Take what a look-up brought. An ``Answer`` or ``Failed`` says only that it could not be asked."""
+        attempt.calling = attempt.asks = False
+        if isinstance(result, Found):
+            self._finish(attempt, Answer(None, SEEN_THERE, result.reference))
+        elif isinstance(result, Absent):
+            # As if never written: a new first write, with a window of its own.
+            attempt.may_have_landed = False
+            attempt.first_write_at = 0
+            attempt.settled_at = 0.0
+            self._retry(attempt, FailureKind.AMBIGUOUS, SEEN_ABSENT, moment, pause=0)
+        elif isinstance(result, Unclear):
+            attempt.tries += 1
+            if attempt.tries >= self.policy.ask_person_after:
+                self._stop_unknown(attempt, FailureKind.AMBIGUOUS, result.code, moment)
+            else:
+                self._doubt(attempt, result.code, moment, pause=self.policy.choose_pause(attempt.tries))
+        else:
+            self._doubt(attempt, attempt.code, moment, pause=self.policy.retry_first)
+
     def _settle_resend(self, attempt: Attempt, result: Answer | Failed, moment: Moment) -> None:
         """This call was not applied; an earlier one may have been."""
         if isinstance(result.kind, FailureKind) and result.kind in _REFUSALS:
             self._stop_unknown(attempt, result.kind, RESEND_REJECTED, moment)
             return
-        attempt.tries += 1
-        self._doubt(attempt, attempt.code, moment, pause=self.policy.choose_pause(attempt.tries))
+        if isinstance(result, Answer) and not result.is_outage and result.kind not in _ABOUT_TARGET:
+            attempt.tries += 1
+            self._doubt(attempt, attempt.code, moment, pause=self.policy.choose_pause(attempt.tries))
+            return
+        # Withdrawn, or about the target as a whole, which holds all calls back: no try of this event.
+        self._doubt(attempt, attempt.code, moment)
 
     def _settle_unapplied(self, attempt: Attempt, result: Answer | Failed, moment: Moment) -> None:
         """Nothing of this event can be at the target."""
@@ -545,9 +325,32 @@ class Ledger:
         """Refused for good, or impossible to build (``outcome`` DEAD_LETTERED): dead letter, and the entity stops."""
         attempt.state = State.REJECTED
         attempt.failure, attempt.code = kind.value, code
-        attempt.due = _NEVER
+        attempt.due = NEVER
         self._report(attempt, outcome, field=field, dead_letter=True)
         self._stop_entity(attempt, moment)
+
+    def refuse(self, attempt: Attempt, code: str, moment: Moment) -> bool:
+        """The broker does not take a record about this event for what it is: a dead letter, made small step by step.
+
+        First without the request, which was not sent: its call begins only after the commit that did not happen. Then
+        without the event itself; the hop in the dead letter says where it is. False when nothing may be left out: the
+        request may have landed, or all of it is out already.
+        """
+        if attempt.may_have_landed or attempt.written or attempt.state is State.DONE:
+            return False
+        if attempt.state is State.REJECTED and attempt.request is None:
+            if not attempt.source.value:
+                return False
+            attempt.source = Source(attempt.source.key, b"")
+            self._touch(attempt)
+            return True
+        if attempt.calling:
+            attempt.calling = False
+            attempt.number -= 1
+        attempt.request = None
+        attempt.first_write_at = attempt.frozen_at = 0
+        self.reject(attempt, FailureKind.INVALID, code, moment, outcome=Outcome.DEAD_LETTERED)
+        return True
 
     def park(self, attempt: Attempt, kind: FailureKind | None, code: str, moment: Moment, *, pause: float) -> None:
         """Set aside and try again after ``pause`` seconds; later events of the entity are parked behind it.
@@ -565,6 +368,80 @@ class Ledger:
         if attempt.outcome != Outcome.PARKED:
             self._report(attempt, Outcome.PARKED)
         self._stop_entity(attempt, moment)
+
+    # Decisions of people.
+
+    def find_decided(self, decision: Decision) -> Attempt | None:
+        """The event a decision is about; None when it is finished, or at another attempt than the one named."""
+        attempt = self.attempts.get(decision.event_id)
+        if attempt is None or attempt.state is State.DONE:
+            return None
+        named = (decision.topic, decision.offset, decision.attempt, decision.round)
+        return attempt if named == (self.topic, attempt.offset, attempt.number, attempt.round) else None
+
+    def rule(self, attempt: Attempt, decision: Decision, moment: Moment) -> Ruling:
+        """Whether a decision about this attempt may be acted on now.
+
+        A person may have looked before the deadline of the write, and the write have landed after: the time of the
+        decision counts, not only that of acting on it.
+        """
+        if attempt.calling:
+            return Ruling.CALL_UNDER_WAY
+        if decision.action == Action.REDRIVE:
+            return Ruling.APPLIED if attempt.state is State.REJECTED else Ruling.NOT_REJECTED
+        if decision.action == Action.WAIVE:
+            is_free = attempt.state is State.REJECTED or (attempt.is_put_off and not attempt.may_have_landed)
+            return Ruling.APPLIED if is_free else Ruling.NOT_WAIVABLE
+        if decision.action not in (Action.POSTED, Action.NOT_POSTED):
+            return Ruling.ACTION_UNKNOWN
+        if not attempt.waits_for_person:
+            return Ruling.NOT_UNKNOWN
+        if decision.decided_at < attempt.decidable_at + self.policy.clock_error * 1000:
+            return Ruling.TOO_EARLY
+        return Ruling.APPLIED if moment.steady >= attempt.settled_at else Ruling.WAIT
+
+    def refuse_decision(self, attempt: Attempt, decision: Decision, ruling: Ruling) -> None:
+        """The decision is used up without effect; the entry says why."""
+        self._take_decision(attempt, decision, ruling)
+        self._touch(attempt)
+
+    def end_by_person(self, attempt: Attempt, decision: Decision, outcome: Outcome) -> None:
+        """A person ends the event: POSTED, WAIVED, or NOT_ROUTED when an edit sends it nowhere."""
+        self._take_decision(attempt, decision, Ruling.APPLIED)
+        attempt.state = State.DONE
+        attempt.failure, attempt.code = "", BY_PERSON
+        attempt.may_have_landed = False
+        attempt.due = NEVER
+        self._report(attempt, outcome, reference=decision.reference)
+        self._leave(attempt)
+
+    def send_again(self, attempt: Attempt, decision: Decision, moment: Moment) -> None:
+        """A person says that nothing landed: the same bytes go out as a first write."""
+        self._take_decision(attempt, decision, Ruling.APPLIED)
+        attempt.may_have_landed = False
+        attempt.first_write_at = attempt.tries = 0
+        self._retry(attempt, FailureKind.AMBIGUOUS, BY_PERSON, moment, pause=0)
+
+    def begin_again(
+        self, attempt: Attempt, decision: Decision, source: Source, event: MoneyEvent | None, moment: Moment
+    ) -> None:
+        """A person redrives a refused event: a new request is built, with the mapping and settings of now."""
+        self._take_decision(attempt, decision, Ruling.APPLIED)
+        attempt.source, attempt.event = source, event
+        attempt.request = None
+        attempt.frozen_at = attempt.first_write_at = attempt.tries = 0
+        queue = self._entities[attempt.entity]
+        if queue[0] is attempt:
+            attempt.state = State.PENDING
+            attempt.failure = attempt.code = ""
+            self._touch(attempt)
+            self._advance(queue)
+        else:
+            self._park_behind(attempt, moment)
+
+    def _take_decision(self, attempt: Attempt, decision: Decision, ruling: Ruling) -> None:
+        attempt.round += 1
+        attempt.decision, attempt.ruling = decision.decision_id, ruling.value
 
     # Transactions.
 
@@ -587,7 +464,7 @@ class Ledger:
                 if attempt.recorded:
                     records.append((event_id, None))
             else:
-                records.append((event_id, encode_entry(self._build_entry(attempt))))
+                records.append((event_id, encode_entry(build_entry(attempt, self.topic))))
         return Flush(records, list(self._reports), frontier, passed, list(changed.values()))
 
     @property
@@ -632,7 +509,7 @@ class Ledger:
         if attempt.waits_for_person:
             return False
         wait_until = attempt.settled_at if attempt.may_have_landed else 0.0
-        if attempt.state in (State.RETRY_AT, State.UNKNOWN) and attempt.due != _NEVER:
+        if attempt.state in (State.RETRY_AT, State.UNKNOWN) and attempt.due != NEVER:
             wait_until = max(wait_until, attempt.due)
         if moment.steady < wait_until:
             self._schedule(attempt, wait_until)
@@ -649,7 +526,7 @@ class Ledger:
         head = queue[0]
         if head.calling or head.state in (State.REJECTED, State.IN_FLIGHT):
             return
-        if head.due != _NEVER:
+        if head.due != NEVER:
             self._schedule(head, head.due)
         elif not head.waits_for_person:
             self._queue(head)
@@ -690,13 +567,14 @@ class Ledger:
         self._schedule(attempt, moment.steady + pause)
 
     def _doubt(self, attempt: Attempt, code: str, moment: Moment, *, pause: float = 0.0) -> None:
-        """The request may have landed: resend it when that is safe, once every earlier write is over."""
+        """The request may have landed: its next step comes once every earlier write is over."""
         due = max(attempt.settled_at, moment.steady + pause)
-        later = Moment(due, moment.wall + int((due - moment.steady) * 1000))
-        if not self.policy.may_resend(attempt.first_write_at, later):
-            resendable = self.policy.target_class in (TargetClass.A, TargetClass.B)
-            self._stop_unknown(attempt, FailureKind.AMBIGUOUS, WINDOW_OVER if resendable else code, moment)
+        step = self.policy.choose_step(attempt.first_write_at, moment.after(due - moment.steady))
+        if step is Step.PERSON:
+            self._stop_unknown(attempt, FailureKind.AMBIGUOUS, self._name_doubt(code), moment)
             return
+        if step is Step.LOOK_UP:
+            due = max(due, max(attempt.settled_at, moment.steady) + self.policy.visible_after)
         if attempt.tries >= self.policy.park_after:
             self.park(attempt, FailureKind.AMBIGUOUS, code, moment, pause=due - moment.steady)
             return
@@ -705,12 +583,17 @@ class Ledger:
         # The changelog still says IN_FLIGHT, which means the same after a restart.
         self._schedule(attempt, due)
 
+    def _name_doubt(self, code: str) -> str:
+        """Why a person must decide: what was seen, unless only the key's window is in the way."""
+        return WINDOW_OVER if self.policy.target_class is TargetClass.A else code
+
     def _stop_unknown(self, attempt: Attempt, kind: FailureKind, code: str, moment: Moment) -> None:
         attempt.state = State.UNKNOWN
         attempt.failure, attempt.code = kind.value, code
         attempt.may_have_landed = True
         attempt.calling = False
-        attempt.due = _NEVER
+        attempt.due = NEVER
+        attempt.decidable_at = moment.after(max(0.0, attempt.settled_at - moment.steady)).wall
         self._report(attempt, Outcome.UNKNOWN)
         self._stop_entity(attempt, moment)
 
@@ -724,7 +607,7 @@ class Ledger:
         attempt.state = State.PARKED
         attempt.failure, attempt.code = "", BEHIND_ENTITY
         attempt.retry_at = moment.wall
-        attempt.due = _NEVER
+        attempt.due = NEVER
         self._report(attempt, Outcome.PARKED)
 
     def _touch(self, attempt: Attempt) -> None:
@@ -748,33 +631,4 @@ class Ledger:
                 field,
                 dead_letter,
             )
-        )
-
-    def _build_entry(self, attempt: Attempt) -> Entry:
-        is_done = attempt.state is State.DONE
-        request = None if is_done else attempt.request
-        return Entry(
-            state=attempt.state.value,
-            topic=self.topic,
-            offset=attempt.offset,
-            entity=attempt.entity,
-            number=attempt.number,
-            frozen_at=attempt.frozen_at,
-            first_write_at=attempt.first_write_at,
-            may_have_landed=attempt.may_have_landed,
-            control_id=request.control_id if request else "",
-            reference=request.reference if request else "",
-            body=request.body if request else None,
-            retry_at=attempt.retry_at,
-            tries=attempt.tries,
-            failure=attempt.failure,
-            code=attempt.code,
-            outcome=attempt.outcome,
-            key=None if is_done else attempt.source.key,
-            value=None if is_done else attempt.source.value,
-            headers=[] if is_done else attempt.source.headers,
-            since=attempt.since,
-            method=request.method if request else "",
-            url=request.url if request else "",
-            request_headers=list(request.headers) if request else [],
         )

@@ -13,7 +13,7 @@ from topics.registry import list_subjects
 from topics.transaction import Output
 
 if TYPE_CHECKING:
-    from sinks.ledger import Report
+    from sinks.attempts import Report
     from topics.registry import Registry
 
 SCHEMA = "delivery_outcome"

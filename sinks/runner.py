@@ -2,10 +2,8 @@
 
 One cycle: poll; take the answers of finished calls; admit new events; freeze what may start; commit everything as one
 transaction (ledger entries, outcomes, dead letters, frontiers, offsets); only then start the calls. Answers wait for
-the next cycle, so the cost of a commit is shared by all that happened meanwhile. ``sinks.ledger`` holds the rules.
-
-Just before a request is written, a call looks once more: the partition is still ours, the group's coordinator heard
-from us within half the session timeout, the key's window is open. If not, the call is withdrawn.
+the next cycle, so the cost of a commit is shared by all that happened meanwhile. ``sinks.ledger`` holds the rules,
+``sinks.calls`` the last look before a write, ``sinks.gate`` how many calls the target bears.
 
 The documented hole: a process frozen between that look and the socket write, for longer than call deadline and session
 timeout together, can post a second time at a target that does not recognise the repetition.
@@ -16,77 +14,61 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import threading
 import time
-from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from identity.resolution import Known
 from schemas.events import Outcome
-from schemas.failure import Failure, FailureKind, FatalError, TemporaryError
+from schemas.failure import ConfigurationError, FatalError, TemporaryError
 from schemas.wire import load_schema
-from sinks import ledger as book
-from sinks.availability import Availability
-from sinks.contract import Answer, PostingContext, TargetClass
-from sinks.ledger import Attempt, Failed, Flush, Ledger, Moment, Policy, Source, State
+from sinks.attempts import WITHDRAWN, Failed, Flush, State
+from sinks.calls import Call, Calls, Result
+from sinks.contract import Answer, TargetClass
+from sinks.gate import Gate
+from sinks.intake import Intake, Patients
+from sinks.policy import Moment, Policy, Step
 from sinks.reports import SCHEMA, SUBJECT, Codecs, build_outcome, build_report_letter
-from sinks.transport import open_transport
+from sinks.shards import Shard, Shards
+from sinks.transport import Finder, open_transport
 from telemetry.log import get_log
 from telemetry.metrics import METRICS, Metric, Metrics
 from topics import catalog
 from topics.group import GroupConsumer, StaleAssignment
-from topics.headers import EVENT_ID, find_header
-from topics.reading import Record, read_to_end
+from topics.reading import Record, build_record
 from topics.registry import SchemaMissing
 from topics.transaction import Output, RecordRefused, TransactionAborted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from identity.resolution import Resolution
-    from schemas.events import MoneyEvent, Reference
-    from schemas.failure import OperatorError
+    from schemas.events import MoneyEvent
+    from schemas.failure import Failure, OperatorError
     from schemas.tenancy import Tenancy
     from sinks.contract import Target, TargetSettings
+    from sinks.ledger import Ledger
     from sinks.transport import Transport
     from topics.cluster import KafkaSettings
     from topics.group import Partition
     from topics.registry import Registry
 
-MRN_UNRESOLVED = "MRN_UNRESOLVED"
-"""Parked: the patient is unknown or ambiguous just now; asked again later."""
-PATIENT_MISSING = "PATIENT_MISSING"
-
-_UNANSWERED_OUTAGE = 3
 _BUSY_WAIT = 0.004
 _IDLE_WAIT = 0.1
 
 
-class LedgerUnreadable(FatalError):
-    """An entry of the attempt ledger cannot be read."""
-
-    code = "RS330"
-    meaning = "An entry of a target's attempt ledger cannot be read; posting without it could post twice."
-    default_remedy = "Run the version that wrote it, or ask for help with the named partition; do not delete the topic."
-
-
 class LedgerRefused(FatalError):
-    """The broker refuses a record of a delivery transaction."""
+    """The broker refuses a record of a delivery transaction that cannot be made smaller."""
 
     code = "RS331"
-    meaning = "The broker refuses a ledger entry, outcome or dead letter, for example because it is too large."
+    meaning = "The broker refuses a ledger entry or outcome that must be written, for example because it is too large."
     default_remedy = "Raise `max.message.bytes` of the named topic; `remitstream topics check` compares the settings."
 
 
-class Withdrawn(Exception):
-    """A call was given up just before its write. ``code`` says why."""
+class LookUpMissing(ConfigurationError):
+    """A target claims class C and cannot be asked."""
 
-    def __init__(self, code: str) -> None:
-        super().__init__(code)
-        self.code = code
+    code = "RS420"
+    meaning = "A target connector says that it can be asked for our reference (class C), and has no look-up."
+    default_remedy = "Declare `look_up` in the connector's `HttpHead`, or let `classify` say D."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,35 +82,12 @@ class Limits:
     """Fewer where nothing can be resent: all of them become a person's work when the process is killed."""
 
 
-class Patients(Protocol):
-    """What the runner asks about patients: ``identity.projection.Identities``."""
-
-    async def resolve(self, refs: Sequence[Reference]) -> list[Resolution]:
-        """The patients now; raises ``TemporaryError`` when that cannot be decided."""
-
-
 class Clock:
     """Steady seconds and wall milliseconds of this machine."""
 
     def now(self) -> Moment:
         """Both, at once."""
         return Moment(time.monotonic(), time.time_ns() // 1_000_000)
-
-
-@dataclass(eq=False, slots=True)
-class _Shard:
-    """One owned partition of one canonical topic. ``owned`` turns false, for good, when it is taken away."""
-
-    topic: str
-    partition: int
-    ledger: Ledger
-    owned: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    shard: _Shard
-    attempt: Attempt
 
 
 class Runner:
@@ -168,16 +127,38 @@ class Runner:
         self._log = get_log("deliverer", target=self.name)
         self._transport = transport or open_transport(target, settings)
         target_class = target.classify(settings)
+        look_up = None if target.http is None else target.http.look_up
+        if target_class is TargetClass.C and (look_up is None or not isinstance(self._transport, Finder)):
+            raise LookUpMissing("it is of class C without a look-up.", place=f"targets.{self.name}")
         self._policy = Policy(
             target_class=target_class,
             call_deadline=self._transport.call_deadline,
             session_timeout=kafka.session_timeout_seconds,
             window=target.window(settings),
+            looks_up=look_up is not None,
+            visible_after=0.0 if look_up is None else look_up.visible_after,
         )
-        ahead = self._limits.calls_ahead if target_class in _RESENDABLE else self._limits.calls_ahead_class_d
-        self._call_limit = self._transport.connections * ahead
-        self._availability = Availability(draw)
+        is_d = target_class is TargetClass.D
+        self._ahead = self._limits.calls_ahead_class_d if is_d else self._limits.calls_ahead
+        self._gate = Gate(
+            draw,
+            ceiling=self._transport.connections,
+            # Each call without an answer costs a person's work at class D, elsewhere some waiting: there a few in a row
+            # among many are no outage.
+            threshold=3 if is_d else max(3, self._transport.connections // 4),
+            probe_seconds=4 * self._transport.call_deadline + 30,
+        )
+        self._calls = Calls(
+            self._transport,
+            target,
+            settings,
+            self._gate,
+            now=self._clock.now,
+            is_lease_fresh=self._is_lease_fresh,
+            metrics=metrics,
+        )
         self._attempts_topic = catalog.name_attempts(self.name)
+        self._shards = Shards(kafka, self._attempts_topic, self._policy)
         group = f"remitstream.deliver.{self.name}"
         process = f"{group}.{instance}.{slot}"
         self._consumer = GroupConsumer(
@@ -186,25 +167,20 @@ class Runner:
             topics=catalog.CANONICAL_MONEY,
             instance=process,
             transactional_id=process,
-            load=self._load,
-            release=self._release,
+            build=build_record,
+            load=self._shards.load,
+            release=self._shards.release,
             report=self._report_load,
             keeps_records=True,
         )
         self._codecs: Codecs | None = None
-        self._lock = threading.Lock()
-        self._loaded: dict[Partition, Ledger] = {}
-        self._epochs: dict[Partition, int] = {}
-        self._shards: dict[Partition, _Shard] = {}
-        self._backlog: deque[_Call] = deque()
-        self._running: dict[asyncio.Task[None], _Call] = {}
-        self._results: list[tuple[_Call, Answer | Failed]] = []
-        self._committed_calls: list[_Call] = []
+        self._intake: Intake | None = None
+        self._committed_calls: list[Call] = []
         self._identity_pause = 0.0
         self._identity_asked_again = 0.0
         self._held: TemporaryError | None = None
         self._failures = 0
-        self._unanswered = 0
+        self._was_shut = False
         self._measured_at = 0.0
         self._is_paused = False
         self._stopping = asyncio.Event()
@@ -237,31 +213,34 @@ class Runner:
             reasons["paused"] = f"{self._held.code} at {self._held.place}"
         if not self._is_lease_fresh():
             reasons["lease"] = "the group's coordinator has not answered lately"
-        if not self._availability.is_open:
-            reasons["target"] = self._availability.reason
+        held_by = self._gate.explain(self._clock.now().steady)
+        if held_by:
+            reasons["target"] = held_by
         return not reasons, reasons
 
     def status(self) -> dict[str, Any]:
         """Numbers for people: events per state, calls on the wire, age of the oldest unfinished event in seconds."""
         oldest: int | None = None
-        for shard in list(self._shards.values()):
+        for shard in self._shards:
             since = shard.ledger.find_oldest()
             oldest = since if oldest is None or (since is not None and since < oldest) else oldest
-        now = self._clock.now().wall
+        now = self._clock.now()
         return {
             "target": self.name,
             "class": self._policy.target_class.value,
             "states": self._count_states(),
-            "calls": len(self._running),
-            "oldest_seconds": None if oldest is None else max(0.0, (now - oldest) / 1000),
-            "available": self._availability.is_open,
+            "calls": self._calls.on_wire,
+            "call_limit": self._gate.limit,
+            "oldest_seconds": None if oldest is None else max(0.0, (now.wall - oldest) / 1000),
+            "available": not self._gate.is_shut(now.steady),
+            "breaker": self._gate.name_state(now.steady),
             "paused": self._is_paused,
-            "partitions": sorted(f"{topic}[{partition}]" for topic, partition in self._shards),
+            "partitions": sorted(f"{shard.topic}[{shard.partition}]" for shard in self._shards),
         }
 
     def _count_states(self) -> dict[str, int]:
         counts = dict.fromkeys((state.value for state in State if state is not State.DONE), 0)
-        for shard in list(self._shards.values()):
+        for shard in self._shards:
             for state, count in shard.ledger.count_states().items():
                 counts[state.value] += count
         return counts
@@ -274,6 +253,14 @@ class Runner:
         if schema_id is None:
             raise SchemaMissing("the schema of outcomes is not registered.", place=SUBJECT)
         self._codecs = Codecs(self._registry, schema_id)
+        self._intake = Intake(
+            self.target,
+            self._settings,
+            self._tenancy,
+            self._policy,
+            codecs=self._codecs,
+            patients=self._identities,
+        )
 
     async def _persist(self, step: Callable[[], Awaitable[None]]) -> None:
         """Take a step of the start, waiting out whatever is temporary."""
@@ -293,7 +280,7 @@ class Runner:
 
     async def _cycle(self) -> bool:
         """Whether everything decided so far is committed."""
-        busy = bool(self._running or self._backlog or self._results)
+        busy = bool(self._calls.under_way or self._calls.has_results)
         polled = await self._consumer.poll(self._limits.poll_records, _BUSY_WAIT if busy else _IDLE_WAIT)
         number, frontiers = await self._consumer.call(self._look)
         moment = self._clock.now()
@@ -301,15 +288,14 @@ class Runner:
         self._settle(moment)
         if number == polled.number:
             await self._admit(polled.records, moment)
-        starting = [] if self._draining else await self._begin(moment)
-        if await self._commit(number):
-            self._backlog.extend(call for call in [*self._committed_calls, *starting] if call.shard.owned)
+        if not self._draining:
+            self._committed_calls += await self._begin(moment)
+        is_committed = await self._commit(number, moment)
+        if is_committed:
+            # Not those whose entry the broker refused, nor those taken away.
+            ready = [call for call in self._committed_calls if call.shard.owned and call.attempt.calling]
             self._committed_calls.clear()
-            self._pump()
-            is_committed = True
-        else:
-            self._committed_calls.extend(starting)
-            is_committed = False
+            self._calls.line_up(ready)
         await self._throttle()
         self._measure(moment)
         return is_committed
@@ -319,122 +305,91 @@ class Runner:
 
     async def _follow_assignment(self, frontiers: dict[Partition, int], moment: Moment) -> None:
         """Drop partitions that were taken away, take up those that are loaded."""
-        for key in [key for key, shard in self._shards.items() if not shard.owned or key not in frontiers]:
-            self._shards.pop(key).owned = False
-        for key, frontier in frontiers.items():
-            if key in self._shards:
-                continue
-            with self._lock:
-                ledger = self._loaded.pop(key, None)
+        self._shards.drop_lost(frontiers)
+        for key in self._shards.list_new(frontiers):
+            ledger = self._shards.take_loaded(key)
             if ledger is None:
-                await asyncio.to_thread(self._load, *key)
-                with self._lock:
-                    ledger = self._loaded.pop(key)
+                await asyncio.to_thread(self._shards.load, *key)
+                ledger = self._shards.take_loaded(key)
+                if ledger is None:
+                    continue  # taken away again
             await self._decode_restored(ledger)
-            ledger.open(frontier, moment)
-            self._shards[key] = _Shard(*key, ledger)
-        self._backlog = deque(call for call in self._backlog if call.shard.owned)
+            ledger.open(frontiers[key], moment)
+            self._shards.take_up(key, ledger)
+        self._calls.drop_lost()
         self._committed_calls = [call for call in self._committed_calls if call.shard.owned]
 
     def _settle(self, moment: Moment) -> None:
-        results, self._results = self._results, []
-        for call, result in results:
-            kind = "ok" if result.kind is None else str(result.kind)
-            if kind != "WITHDRAWN":
-                self._metrics.add(Metric.ATTEMPTS, 1, target=self.name, kind=kind)
-            self._judge_target(result, moment)
-            if call.shard.owned:
-                call.shard.ledger.settle(call.attempt, result, moment)
-        if not self._availability.is_open:
+        self._note_gate(moment)
+        if self._was_shut:
             # What has not begun waits for the target without being IN_FLIGHT.
-            while self._backlog:
-                call = self._backlog.popleft()
-                call.shard.ledger.settle(call.attempt, Failed("WITHDRAWN", "TARGET_UNAVAILABLE"), moment)
+            self._calls.withdraw_line("TARGET_UNAVAILABLE")
+        for call, result in self._calls.take_results():
+            kind = (result.kind or "ok") if isinstance(result, Answer | Failed) else type(result).__name__.lower()
+            if kind != WITHDRAWN:
+                self._metrics.add(Metric.ATTEMPTS, 1, target=self.name, kind=str(kind))
+            if call.shard.owned:
+                self._take_result(call, result, moment)
+            elif kind != WITHDRAWN:
+                # The new owner decides; this is for people who compare.
+                self._log.warning("late_answer", event_id=call.attempt.event_id, kind=str(kind))
 
-    def _judge_target(self, result: Answer | Failed, moment: Moment) -> None:
-        was_open = self._availability.is_open
-        is_outage = isinstance(result, Failed) or result.is_outage
-        if result.kind is FailureKind.AMBIGUOUS:
-            # One event may make a target hang or fall over; several in a row are an outage, and each costs an unknown
-            # outcome.
-            self._unanswered += 1
-            if self._unanswered >= _UNANSWERED_OUTAGE:
-                self._availability.fail(moment.steady, result.code)
-        elif isinstance(result, Answer):
-            self._unanswered = 0
-        is_down = result.kind is FailureKind.UNAVAILABLE and is_outage
-        if is_down or result.kind in (FailureKind.AUTH, FailureKind.RATE_LIMITED):
-            wait = result.retry_after if isinstance(result, Answer) else 0.0
-            self._availability.fail(moment.steady, result.code, wait)
-        elif isinstance(result, Answer) and result.kind is not FailureKind.AMBIGUOUS:
-            self._availability.succeed()
-        if was_open != self._availability.is_open:
-            self._metrics.set(Metric.TARGET_OPEN, float(self._availability.is_open), target=self.name)
-            self._log.warning(
-                "target_available" if self._availability.is_open else "target_unavailable", reason=result.code
-            )
+    @staticmethod
+    def _take_result(call: Call, result: Result, moment: Moment) -> None:
+        ledger, attempt = call.shard.ledger, call.attempt
+        if attempt.asks:
+            ledger.settle_look_up(attempt, result, moment)
+        else:
+            assert isinstance(result, Answer | Failed)
+            ledger.settle(attempt, result, moment)
+
+    def _note_gate(self, moment: Moment) -> None:
+        is_shut = self._gate.is_shut(moment.steady)
+        if is_shut == self._was_shut:
+            return
+        self._was_shut = is_shut
+        self._metrics.set(Metric.TARGET_OPEN, float(not is_shut), target=self.name)
+        if is_shut:
+            self._log.warning("target_unavailable", reason=self._gate.explain(moment.steady))
+        else:
+            self._log.warning("target_available")
 
     async def _admit(self, records: Sequence[Record], moment: Moment) -> None:
+        assert self._intake is not None
         for record in records:
-            shard = self._shards.get((record.topic, record.partition))
+            shard = self._shards.find(record.topic, record.partition)
             if shard is None or record.offset < shard.ledger.position:
                 continue
-            event, failure = await self._decode(record.value or b"")
-            event_id = event.event_id if event else find_header(record.headers, EVENT_ID)
             hop = self._name_hop(shard, record.offset)
-            entity = (record.key or b"").decode("utf-8", "replace") or hop
-            attempt = shard.ledger.admit(
-                event_id or hop,
-                record.offset,
-                entity,
-                Source(record.key or b"", record.value or b"", record.headers),
-                event,
-                moment,
-            )
-            if attempt is None:
-                continue
-            routed = False
-            if event is not None:
-                routed, failure = self._route(event)
-                if not routed and failure is None:
-                    shard.ledger.skip(attempt)
-                    continue
-            if failure is not None:
-                shard.ledger.reject(
-                    attempt, failure.kind, failure.code, moment, field=failure.field, outcome=Outcome.DEAD_LETTERED
-                )
-            shard.ledger.line_up(attempt, moment)
-
-    def _route(self, event: MoneyEvent) -> tuple[bool, Failure | None]:
-        try:
-            return self.target.routes(event, self._settings), None
-        except Failure as failure:
-            return False, failure
-        except Exception as error:  # noqa: BLE001 - a connector's fault is this record's dead letter, not a crash
-            return False, Failure(FailureKind.INTERNAL, type(error).__name__)
-
-    async def _decode(self, value: bytes) -> tuple[MoneyEvent | None, Failure | None]:
-        assert self._codecs is not None
-        while True:
-            try:
-                return self._codecs.decode(value), None
-            except Failure as failure:
-                return None, failure
-            except TemporaryError as error:
-                # A writer's schema we have not met, and the registry is down: wait, the group is polled meanwhile.
-                await self._wait_for(error)
+            while True:
+                try:
+                    self._intake.admit(shard, record, hop, moment)
+                except TemporaryError as error:
+                    # A writer's schema we have not met, and the registry is down: wait, the group is polled meanwhile.
+                    await self._wait_for(error)
+                else:
+                    break
 
     async def _decode_restored(self, ledger: Ledger) -> None:
         for attempt in ledger.attempts.values():
             if attempt.source.value and attempt.event is None:
                 attempt.event, _ = await self._decode(attempt.source.value)
 
+    async def _decode(self, value: bytes) -> tuple[MoneyEvent | None, Failure | None]:
+        """An event, or why there is none; waits out whatever is temporary."""
+        assert self._intake is not None
+        while True:
+            try:
+                return self._intake.decode(value)
+            except TemporaryError as error:
+                await self._wait_for(error)
+
     async def _wait_for(self, error: TemporaryError) -> None:
         self._held = error
         self._log.warning("paused", code=error.code, place=error.place)
         await self._consumer.pause()
-        until = time.monotonic() + 1.0
-        while time.monotonic() < until and not self._stopping.is_set():
+        until = self._clock.now().steady + 1.0
+        while self._clock.now().steady < until and not self._stopping.is_set():
             await self._consumer.poll(1, _IDLE_WAIT)
         await self._consumer.rewind()
         await self._consumer.resume()
@@ -445,22 +400,24 @@ class Runner:
 
     # Beginning calls.
 
-    async def _begin(self, moment: Moment) -> list[_Call]:
+    async def _begin(self, moment: Moment) -> list[Call]:
         """Take what may begin, freeze what is not yet frozen; the calls to start after the commit."""
         if not self._is_lease_fresh():
             return []
-        under_way = len(self._running) + len(self._backlog) + len(self._committed_calls)
-        room = self._availability.limit_calls(moment.steady, self._call_limit) - under_way
-        calls: list[_Call] = []
-        fresh: list[_Call] = []
-        for shard in self._list_shards_in_turn():
+        room = self._gate.count_room(moment.steady)
+        if not self._was_shut:
+            room *= self._ahead
+        room -= self._calls.under_way + len(self._committed_calls)
+        calls: list[Call] = []
+        fresh: list[Call] = []
+        for shard in self._shards.list_in_turn():
             if room <= 0:
                 break
             for attempt in shard.ledger.take(room, moment):
                 room -= 1
-                call = _Call(shard, attempt)
+                call = Call(shard, attempt)
                 if attempt.state is State.UNKNOWN:
-                    if shard.ledger.resend(attempt, moment):
+                    if shard.ledger.resume(attempt, moment) is not Step.PERSON:
                         calls.append(call)
                 elif attempt.request is not None:
                     shard.ledger.start(attempt, attempt.request, moment)
@@ -470,67 +427,19 @@ class Runner:
         calls.extend(await self._freeze(fresh, moment))
         return calls
 
-    def _list_shards_in_turn(self) -> list[_Shard]:
-        """Every partition gets to be the first: a long queue in one must not starve the others."""
-        shards = list(self._shards.values())
-        if shards:
-            first = next(iter(self._shards))
-            self._shards[first] = self._shards.pop(first)
-        return shards
-
-    async def _freeze(self, fresh: list[_Call], moment: Moment) -> list[_Call]:
+    async def _freeze(self, fresh: list[Call], moment: Moment) -> list[Call]:
         if not fresh:
             return []
-        if moment.steady < self._identity_asked_again:
-            return self._put_back(fresh)
-        references = [_choose_reference(call.attempt.event) for call in fresh]
-        wanted = list({reference: None for reference in references if reference is not None})
-        try:
-            resolutions = await self._identities.resolve(wanted) if wanted else []
-        except TemporaryError as error:
-            self._hold_for_identity(error, moment)
-            return self._put_back(fresh)
-        self._identity_pause = 0.0
-        self._held = None
-        found = dict(zip(wanted, resolutions, strict=True))
-        calls = []
-        for call, reference in zip(fresh, references, strict=True):
-            if reference is None:
-                self._dead_letter(call, Failure(FailureKind.UNMAPPED, PATIENT_MISSING, "patient"), moment)
-                continue
-            resolution = found[reference]
-            if not isinstance(resolution, Known):
-                call.attempt.tries += 1
-                pause = self._policy.choose_pause(call.attempt.tries)
-                call.shard.ledger.park(call.attempt, None, MRN_UNRESOLVED, moment, pause=pause)
-            elif self._build_request(call, resolution.mrn, moment):
-                calls.append(call)
-        return calls
-
-    def _build_request(self, call: _Call, mrn: Reference, moment: Moment) -> bool:
-        event = call.attempt.event
-        assert event is not None, "an event without one was dead-lettered when it was admitted"
-        try:
-            context = PostingContext(self._tenancy.get_facility(event.facility), mrn, moment.wall)
-            request = self.target.freeze(event, context, self._settings)
-        except Failure as failure:
-            self._dead_letter(call, failure, moment)
-        except Exception as error:  # noqa: BLE001 - a connector's fault is this record's dead letter, not a crash
-            self._dead_letter(call, Failure(FailureKind.INTERNAL, type(error).__name__), moment)
-        else:
-            call.attempt.tries = 0
-            call.shard.ledger.start(call.attempt, request, moment)
-            return True
-        return False
-
-    @staticmethod
-    def _dead_letter(call: _Call, failure: Failure, moment: Moment) -> None:
-        call.shard.ledger.reject(
-            call.attempt, failure.kind, failure.code, moment, field=failure.field, outcome=Outcome.DEAD_LETTERED
-        )
-
-    @staticmethod
-    def _put_back(fresh: list[_Call]) -> list[_Call]:
+        assert self._intake is not None
+        if moment.steady >= self._identity_asked_again:
+            try:
+                calls = await self._intake.freeze(fresh, moment)
+            except TemporaryError as error:
+                self._hold_for_identity(error, moment)
+            else:
+                self._identity_pause = 0.0
+                self._held = None
+                return calls
         for call in reversed(fresh):
             call.shard.ledger.give_back(call.attempt)
         return []
@@ -544,19 +453,18 @@ class Runner:
 
     # Committing.
 
-    async def _commit(self, number: int) -> bool:
+    async def _commit(self, number: int, moment: Moment) -> bool:
         """Write everything decided since the last commit. False: nothing of it is visible, it is tried again."""
         flushes = [
             (shard, flush)
-            for shard in self._shards.values()
+            for shard in self._shards
             if shard.owned and (shard.ledger.has_changes or shard.ledger.position != shard.ledger.frontier)
             for flush in (shard.ledger.flush(),)
             if flush.records or flush.reports or flush.frontier != shard.ledger.frontier
         ]
         if not flushes:
             return True
-        now_ms = self._clock.now().wall
-        outputs = [output for shard, flush in flushes for output in self._build_outputs(shard, flush, now_ms)]
+        outputs = [output for shard, flush in flushes for output in self._build_outputs(shard, flush, moment.wall)]
         # A partition whose frontier does not move sends it all the same: an offset is what fences a zombie.
         positions = {(shard.topic, shard.partition): flush.frontier for shard, flush in flushes}
         try:
@@ -569,25 +477,31 @@ class Runner:
             self._log.warning("transaction_rolled_back", reason=str(error))
             await asyncio.sleep(random.uniform(0, min(5.0, 0.1 * 2 ** min(self._failures, 6))))  # noqa: S311 - jitter
             return False
-        except RecordRefused as error:
-            topic = outputs[error.index].topic if error.index is not None else self._attempts_topic
-            raise LedgerRefused(f"refused with {error.code}.", place=topic) from None
+        except RecordRefused as refusal:
+            self._take_refusal(refusal, moment)
+            return False
         self._failures = 0
         for shard, flush in flushes:
             shard.ledger.confirm(flush)
             self._count(flush)
         return True
 
-    def _build_outputs(self, shard: _Shard, flush: Flush, now_ms: int) -> list[Output]:
+    def _take_refusal(self, refusal: RecordRefused, moment: Moment) -> None:
+        """The broker does not take a record for what it is: its event becomes a dead letter, the others go on."""
+        self._metrics.add(Metric.ABORTS, 1, role="deliverer", reason="record_refused")
+        if not refusal.cause:
+            return  # known only to be among them: the next attempt sends one by one
+        self._log.warning("record_refused", event_id=refusal.cause, code=refusal.code)
+        for shard in self._shards:
+            attempt = shard.ledger.attempts.get(refusal.cause)
+            if attempt is not None and shard.ledger.refuse(attempt, refusal.code, moment):
+                return
+        raise LedgerRefused(f"refused with {refusal.code}.", place=self._attempts_topic)
+
+    def _build_outputs(self, shard: Shard, flush: Flush, now_ms: int) -> list[Output]:
         assert self._codecs is not None
         outputs = [
-            Output(
-                self._attempts_topic,
-                event_id.encode(),
-                value,
-                partition=shard.partition,
-                cause=f"{shard.topic}[{shard.partition}]",
-            )
+            Output(self._attempts_topic, event_id.encode(), value, partition=shard.partition, cause=event_id)
             for event_id, value in flush.records
         ]
         for report in flush.reports:
@@ -613,7 +527,7 @@ class Runner:
 
     async def _throttle(self) -> None:
         """Intake stops when too much is held here; polling goes on, or the group would throw us out."""
-        held = sum(len(shard.ledger.attempts) for shard in self._shards.values())
+        held = sum(len(shard.ledger.attempts) for shard in self._shards)
         if not self._is_paused and held >= self._limits.open_events:
             await self._consumer.pause()
             self._is_paused = True
@@ -627,140 +541,40 @@ class Runner:
         self._measured_at = moment.steady
         for state, count in self._count_states().items():
             self._metrics.set(Metric.OPEN_ATTEMPTS, count, target=self.name, state=state)
-        self._metrics.set(Metric.TARGET_OPEN, float(self._availability.is_open), target=self.name)
-
-    # Calls.
-
-    def _pump(self) -> None:
-        while self._backlog and len(self._running) < self._transport.connections:
-            call = self._backlog.popleft()
-            task = asyncio.create_task(self._call(call))
-            self._running[task] = call
-            task.add_done_callback(self._end_call)
-
-    def _end_call(self, task: asyncio.Task[None]) -> None:
-        self._running.pop(task, None)
-        if not task.cancelled() and task.exception() is None:
-            self._pump()
-
-    async def _call(self, call: _Call) -> None:
-        attempt = call.attempt
-        assert attempt.request is not None
-        started = time.perf_counter()
-        result: Answer | Failed
-        try:
-            answer = await self._transport.send(attempt.request, lambda: self._check_lease(call))
-        except Withdrawn as withdrawal:
-            result = Failed("WITHDRAWN", withdrawal.code)
-        except Failure as failure:
-            result = Failed(failure.kind, failure.code)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it was, after the write the request may have left
-            kind = FailureKind.INTERNAL if attempt.written else FailureKind.UNAVAILABLE
-            result = Failed(kind, type(error).__name__)
-        else:
-            result = answer if isinstance(answer, Answer) else self._judge(answer, call)
-        self._metrics.observe(Metric.ATTEMPT_SECONDS, time.perf_counter() - started, target=self.name)
-        self._results.append((call, result))
-
-    def _judge(self, answer: bytes, call: _Call) -> Answer:
-        assert call.attempt.request is not None
-        try:
-            assert self.target.verdict is not None, "only a transport that judges by itself does without"
-            return self.target.verdict(answer, call.attempt.request, self._settings)
-        except Exception as error:  # noqa: BLE001 - an answer nobody can read says nothing about the posting
-            return Answer(FailureKind.AMBIGUOUS, type(error).__name__)
-
-    def _check_lease(self, call: _Call) -> None:
-        moment = self._clock.now()
-        if not call.shard.owned:
-            raise Withdrawn("REVOKED")
-        if self._draining:
-            raise Withdrawn("STOPPING")
-        if not self._is_lease_fresh():
-            raise Withdrawn("LEASE_OLD")
-        if not call.shard.ledger.may_write(call.attempt, moment):
-            raise Withdrawn("WINDOW")
+        self._metrics.set(Metric.TARGET_OPEN, float(not self._was_shut), target=self.name)
+        self._metrics.set(Metric.CALL_LIMIT, self._gate.limit, target=self.name)
 
     def _is_lease_fresh(self) -> bool:
         """Whether the group's coordinator heard from us within half the session timeout."""
-        return time.monotonic() - self._consumer.last_heartbeat < self._kafka.session_timeout_seconds / 2
+        return self._clock.now().steady - self._consumer.last_heartbeat < self._kafka.session_timeout_seconds / 2
 
     # Ending.
 
     async def _drain(self) -> None:
         self._draining = True
         await self._consumer.pause()
-        for call in self._backlog:
-            self._results.append((call, Failed("WITHDRAWN", "STOPPING")))
+        self._calls.drain()
+        moment = self._clock.now()
         for call in self._committed_calls:
-            self._results.append((call, Failed("WITHDRAWN", "STOPPING")))
-        self._backlog.clear()
+            if call.attempt.calling:
+                self._take_result(call, Failed(WITHDRAWN, "STOPPING"), moment)
         self._committed_calls.clear()
-        until = time.monotonic() + self._transport.call_deadline + 5
-        while time.monotonic() < until:
-            if await self._cycle() and not self._running and not self._results:
+        until = moment.steady + self._transport.call_deadline + 5
+        while self._clock.now().steady < until:
+            if await self._cycle() and not self._calls.under_way and not self._calls.has_results:
                 break
 
     async def _close(self) -> None:
-        for task in list(self._running):
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
-        with contextlib.suppress(Exception):
-            await self._transport.close()
+        await self._calls.close()
         await self._consumer.close()
 
-    # Called by the group: on a loader thread, and on the consumer's thread.
-
-    def _load(self, topic: str, partition: int) -> None:
-        key = (topic, partition)
-        with self._lock:
-            epoch = self._epochs.setdefault(key, 0)
-        ledger = Ledger(topic, self._policy)
-        for item in read_to_end(self._kafka, self._attempts_topic, partitions=[partition]):
-            if not isinstance(item, Record):
-                continue
-            event_id = (item.key or b"").decode()
-            if item.value is None:
-                ledger.forget(event_id)
-                continue
-            try:
-                entry = book.decode_entry(item.value)
-            except msgspec.MsgspecError:
-                raise LedgerUnreadable(
-                    f"offset {item.offset} cannot be read.", place=f"{self._attempts_topic}[{partition}]"
-                ) from None
-            if entry.topic == topic:
-                ledger.restore(event_id, entry)
-        with self._lock:
-            # Taken away while it was read: another owner may have written since.
-            if self._epochs[key] == epoch:
-                self._loaded[key] = ledger
-
-    def _release(self, topic: str, partition: int) -> None:
-        key = (topic, partition)
-        with self._lock:
-            self._epochs[key] = self._epochs.get(key, 0) + 1
-            self._loaded.pop(key, None)
-        shard = self._shards.get(key)
-        if shard is not None:
-            # From here on no call of it passes the last look before its write.
-            shard.owned = False
+    # Called by the group, on a loader thread.
 
     def _report_load(self, event: str, error: OperatorError) -> None:
         self._log.warning(event, code=error.code, place=error.place)
 
-    def _name_hop(self, shard: _Shard, offset: int) -> str:
+    def _name_hop(self, shard: Shard, offset: int) -> str:
         return f"{self._consumer.topic_ids.get(shard.topic, shard.topic)}:{shard.partition}:{offset}"
 
 
-_RESENDABLE = frozenset({TargetClass.A, TargetClass.B})
 _FOR_PEOPLE = frozenset({Outcome.REJECTED, Outcome.DEAD_LETTERED, Outcome.UNKNOWN})
-
-
-def _choose_reference(event: MoneyEvent | None) -> Reference | None:
-    """The patient as named: it resolves through visits and merges; the number found at publishing may be retired."""
-    if event is None:
-        return None
-    return event.patient or event.mrn

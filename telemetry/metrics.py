@@ -92,6 +92,7 @@ class Metric(Enum):
     ATTEMPT_SECONDS = _seconds("attempt_seconds", "Time of one call to a target.", "target")
     OPEN_ATTEMPTS = _gauge("open_attempts", "Ledger entries not done.", "target", "state")
     TARGET_OPEN = _gauge("target_available", "1 while calls to the target are allowed.", "target")
+    CALL_LIMIT = _gauge("call_limit", "Calls that may be under way at a target at once, as it bears them.", "target")
     # Everything.
     UP = _gauge("ready", "1 while this process says that it is ready.")
     MISUSE = _counter("metric_misuse_total", "Calls with an unknown metric or wrong labels.", "name")

@@ -627,7 +627,7 @@ async def run_program(options):
         transport=_CrashingTransport(settings, options),
     )
     if not options["lease"]:
-        runner._is_lease_fresh = lambda: True
+        runner._is_lease_fresh = runner._calls._is_lease_fresh = lambda: True
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, runner.stop)
     await runner.run()
 

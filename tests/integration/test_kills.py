@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from sandbox.expected import Expected, ExpectedRow, compare_ledger
-from sinks.ledger import Ledger, State
+from sinks.attempts import State
+from sinks.ledger import Ledger
 from tests.integration.test_delivery import Running, Site, count_final, start_program, wait_for_exit, wait_until
 from tests.integration.traffic import Home, Offsets, assert_green, wait_for
 

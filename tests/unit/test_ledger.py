@@ -10,21 +10,10 @@ import pytest
 
 from schemas.events import Outcome
 from schemas.failure import FailureKind
+from sinks.attempts import BEHIND_ENTITY, Entry, Failed, Source, State, decode_entry, encode_entry
 from sinks.contract import Answer, Request, TargetClass
-from sinks.ledger import (
-    BEHIND_ENTITY,
-    RESEND_REJECTED,
-    WINDOW_OVER,
-    Entry,
-    Failed,
-    Ledger,
-    Moment,
-    Policy,
-    Source,
-    State,
-    decode_entry,
-    encode_entry,
-)
+from sinks.ledger import RESEND_REJECTED, WINDOW_OVER, Ledger
+from sinks.policy import Moment, Policy, Step
 
 DEADLINE = 10.0
 SESSION = 45.0
@@ -101,7 +90,7 @@ class Bench:
         begun = []
         for attempt in self.ledger.take(room, self.now):
             if attempt.state is State.UNKNOWN:
-                if self.ledger.resend(attempt, self.now):
+                if self.ledger.resume(attempt, self.now) is not Step.PERSON:
                     begun.append(attempt)
             else:
                 body = f"body of {attempt.event_id} frozen at {self.wall}".encode()
@@ -735,9 +724,9 @@ class TombstoneAtOnce(Ledger):
 class Refreeze(Ledger):
     """Builds the request anew for a resend."""
 
-    def resend(self, attempt, moment):
+    def resume(self, attempt, moment):
         attempt.request = Request(f"frozen again at {moment.wall}".encode(), "C", "R")
-        return super().resend(attempt, moment)
+        return super().resume(attempt, moment)
 
 
 class NoOrder(Ledger):

@@ -19,9 +19,10 @@ from schemas.keys import build_event_id
 from schemas.money import Money
 from schemas.tenancy import Authority, Facility, Tenancy
 from sinks import runner as module
+from sinks import shards
+from sinks.attempts import decode_entry
 from sinks.catalog import load
 from sinks.contract import Answer, Target
-from sinks.ledger import decode_entry
 from sinks.runner import Limits, Runner
 from sinks.transport import MllpTransport
 from telemetry.metrics import Metrics
@@ -124,15 +125,15 @@ class Group:
             if self.loaded:
                 self.loaded = False
                 self.release(*PAYMENTS)
-            return Polled(self.number, [])
+            return Polled(self.number)
         if not self.loaded:
             await asyncio.to_thread(self.load, *PAYMENTS)
             self.loaded, self.position = True, self.broker.frontier
         if self.broker.paused:
-            return Polled(self.number, [])
+            return Polled(self.number)
         found = self.broker.records[self.position : self.position + max_records]
         self.position += len(found)
-        return Polled(self.number, found)
+        return Polled(self.number, {PAYMENTS: found} if found else {})
 
     async def call(self, function, *arguments):
         return function(*arguments)
@@ -227,7 +228,7 @@ class World:
         self.metrics = Metrics(strict=True)
         Group.broker = self.broker
         monkeypatch.setattr(module, "GroupConsumer", Group)
-        monkeypatch.setattr(module, "read_to_end", lambda *_args, **_options: [])
+        monkeypatch.setattr(shards, "read_to_end", lambda *_args, **_options: [])
         self.target = load("epic_dft")
 
     def build(self, *, target=None, dedupe=False, transport=None, limits=None, deadline=0.3, connections=2):
@@ -348,7 +349,7 @@ async def test_a_revoked_partition_withdraws_what_is_not_written(world):
         def revoke():
             # As the group does: on its own thread, while the call is about to write.
             world.broker.owned = False
-            runner._release(*PAYMENTS)
+            runner._shards.release(*PAYMENTS)
             reached.set()
 
         HeldTransport.hook = staticmethod(revoke)

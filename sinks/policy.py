@@ -1,0 +1,75 @@
+"""How a target instance is treated: its class, its times, and what may be done when an outcome is unknown. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sinks.contract import TargetClass
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Now: ``steady`` seconds for waiting, ``wall`` milliseconds since the epoch for what outlives the process."""
+
+    steady: float
+    wall: int
+
+    def after(self, seconds: float) -> Moment:
+        """That many seconds later."""
+        return Moment(self.steady + seconds, self.wall + int(seconds * 1000))
+
+    def count_wait(self, until_wall: int) -> float:
+        """Steady time at which that wall time is reached."""
+        return self.steady + max(0, until_wall - self.wall) / 1000
+
+
+class Step(StrEnum):
+    """What comes next for a request that may have landed, once no write of it can still land."""
+
+    RESEND = "RESEND"
+    LOOK_UP = "LOOK_UP"
+    PERSON = "PERSON"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How one target instance is treated. Times in seconds.
+
+    ``window`` is how long the target remembers an idempotency key; None means that nobody knows.
+    """
+
+    target_class: TargetClass
+    call_deadline: float
+    session_timeout: float
+    window: float | None = None
+    looks_up: bool = False
+    """Whether the target can be asked for our reference: always so at class C."""
+    visible_after: float = 0.0
+    """How long the target may take to show what it took."""
+    clock_error: float = 5.0
+    retry_first: float = 0.5
+    retry_longest: float = 60.0
+    park_after: int = 6
+    """Refusals for now of one event, after which it is parked and no longer holds the frontier."""
+    ask_person_after: int = 12
+    """Look-ups of one event that stayed unclear, after which a person decides."""
+
+    def choose_step(self, first_write_at: int, moment: Moment) -> Step:
+        """What may be done at this moment with a request whose first write was not before that wall time."""
+        if self.may_resend(first_write_at, moment):
+            return Step.RESEND
+        return Step.LOOK_UP if self.looks_up else Step.PERSON
+
+    def may_resend(self, first_write_at: int, moment: Moment) -> bool:
+        """Whether a request that may have landed is safe to send again at this moment."""
+        if self.target_class is TargetClass.B:
+            return True
+        if self.target_class is not TargetClass.A or self.window is None or not first_write_at:
+            return False
+        margin = self.call_deadline + self.session_timeout + self.clock_error
+        return moment.wall + margin * 1000 <= first_write_at + self.window * 1000
+
+    def choose_pause(self, tries: int) -> float:
+        """Exponential pause before the next try of one event, without jitter (only this event waits for it)."""
+        return float(min(self.retry_longest, self.retry_first * 2 ** min(tries, 20)))
