@@ -36,6 +36,13 @@ SCHEMA_NAMES = (
 """Every Avro schema of ours: ``schemas/<name>.avsc``."""
 
 
+_REPEATED = frozenset(
+    {"tenant", "facility", "source", "account", "kind", "status", "currency", "authority", "id_type", "mapping_version"}
+    | {"fate", "reason", "event_type", "target", "outcome", "failure", "code"}
+)
+"""Text fields that hold the same few values over and over."""
+
+
 def load_schema(name: str) -> str:
     """JSON text of a committed schema, without needless white space (the form that is registered)."""
     return json.dumps(json.loads(files("schemas").joinpath(f"{name}.avsc").read_text("utf-8")), separators=(",", ":"))
@@ -56,7 +63,7 @@ class Encoder:
     __slots__ = ("encode",)
 
     def __init__(self, name: str, schema_id: int) -> None:
-        self.encode = compile_writer(json.loads(load_schema(name)), _FRAME.pack(0, schema_id))
+        self.encode = compile_writer(json.loads(load_schema(name)), _FRAME.pack(0, schema_id), repeated=_REPEATED)
         """Framed bytes of an event."""
 
 
