@@ -259,8 +259,8 @@ class Ground:
         meter.read_rss()
         cpu, broker, redis = meter.read_cpu(), self._broker.read_cpu(), self._redis.read_cpu()
         others = read_busy() - cpu - broker - redis - time.process_time()
-        threads, own = meter.read_threads(), meter.read_shares()
-        return Mark(time.monotonic(), events, cpu, broker, redis, threads, own, others)
+        threads, shares = meter.read_threads(), meter.read_shares()
+        return Mark(time.monotonic(), events, cpu, broker, redis, threads, shares, others)
 
 
 class Progress:

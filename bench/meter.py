@@ -30,9 +30,14 @@ class Meter:
                 total += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
         return total
 
-    def read_shares(self) -> tuple[float, ...]:
-        """CPU seconds so far of each process it was given, with its children; 0 for one that is gone."""
-        return tuple(Meter([root.pid]).read_cpu() if root.is_running() else 0.0 for root in self._roots)
+    def read_shares(self) -> dict[int, float]:
+        """CPU seconds so far of each process alive, by its id, without its children."""
+        shares = {}
+        for process in self._list():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                shares[process.pid] = times.user + times.system
+        return shares
 
     def read_rss(self) -> int:
         """Resident bytes now; ``peak_rss`` keeps the largest value seen."""
@@ -72,7 +77,7 @@ class Mark:
     broker: float
     redis: float
     threads: dict[str, float] = field(default_factory=dict)
-    own: tuple[float, ...] = ()
+    shares: dict[int, float] = field(default_factory=dict)
     """CPU seconds of each process of the contender."""
     others: float = 0.0
     """CPU seconds of the whole machine outside contender, broker, Redis and bench."""

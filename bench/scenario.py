@@ -45,7 +45,7 @@ class Scenario:
     small: bool = False
     """Gets the small input only, because it is slow."""
     processes: int = 1
-    """That many are started, each with its number as the argument ``slot``."""
+    """That many must share the work."""
 
     @property
     def raw(self) -> str:
@@ -82,34 +82,34 @@ class Run:
             "scratch": str(ground.folder / "scratch" / scenario.name),
         }
         Path(arguments["scratch"]).mkdir(parents=True, exist_ok=True)
-        commands = [scenario.command(ground, arguments | {"slot": slot}) for slot in range(scenario.processes)]
-        processes = [ground.start(command) for command in commands]
-        meter = Meter([process.pid for process in processes])
+        process = ground.start(scenario.command(ground, arguments))
+        meter = Meter([process.pid])
         try:
-            first, last = self._follow(processes, meter, output)
+            first, last = self._follow(process, meter, output)
         finally:
-            for process in processes:
-                ground.stop(process)
+            ground.stop(process)
         count = self._check(output)
         result = {
             "title": scenario.title,
             "events": count,
             "measured_events": last.events - first[1].events,
             **compare_marks(first[1], last),
-            "whole_run": compare_marks(replace(first[0], cpu=0.0, own=(0.0,) * len(first[0].own)), last),
+            "whole_run": compare_marks(replace(first[0], cpu=0.0), last),
             "threads_cpu_per_million": compare_threads(first[1], last),
             "peak_rss_mib": meter.peak_rss / 2**20,
             "load": [round(value, 2) for value in os.getloadavg()],
         }
         if scenario.processes > 1:
-            shares = [after - before for before, after in zip(first[1].own, last.own, strict=True)]
-            if min(shares) < sum(shares) / scenario.processes / 4:
+            spent = [cpu - first[1].shares.get(pid, 0.0) for pid, cpu in last.shares.items()]
+            shares = sorted(spent, reverse=True)[: scenario.processes]
+            result["shares_cpu_seconds"] = shares
+            if len(shares) < scenario.processes or shares[-1] < sum(shares) / scenario.processes / 4:
                 raise BenchBroken(f"the work was not shared: {', '.join(f'{share:.1f} CPU s' for share in shares)}")
         if not scenario.output:
             ground.delete_topics([output])
         return result
 
-    def _follow(self, processes: list[Popen[bytes]], meter: Meter, output: str) -> tuple[tuple[Mark, Mark], Mark]:
+    def _follow(self, process: Popen[bytes], meter: Meter, output: str) -> tuple[tuple[Mark, Mark], Mark]:
         """Readings at the start, when warm, and at the end."""
         ground, scenario = self.ground, self.scenario
         observed = contextlib.ExitStack()
@@ -123,13 +123,11 @@ class Run:
                 now = progress.count_written()
                 if now != written:
                     written, moved = now, time.monotonic()
-                ended = [process for process in processes if process.poll() is not None]
-                if ended or time.monotonic() - moved > _STALL_SECONDS:
-                    log = ground.read_log((ended or processes)[0])
-                    raise BenchBroken(f"{scenario.name} stopped at {written}:\n{log}")
+                if process.poll() is not None or time.monotonic() - moved > _STALL_SECONDS:
+                    raise BenchBroken(f"{scenario.name} stopped at {written}:\n{ground.read_log(process)}")
                 if warm is None and written >= total * WARM_FROM:
                     if self.observe is not None:
-                        observed.enter_context(self.observe(processes[0].pid))
+                        observed.enter_context(self.observe(process.pid))
                     warm = ground.read_mark(meter, progress.count_written())
                 done = progress.has_committed(scenario.raw, ends) if scenario.transactional else written >= total
                 if written >= total and done:

@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from bench.ground import Ground
 
 
-def build_command(ground: Ground, arguments: dict[str, Any]) -> list[str]:
-    """``remitstream worker --slot N``."""
-    slot = str(arguments["slot"])
-    return [sys.executable, "-m", "runtime.cli", "worker", "--slot", slot, *ground.settings.list_arguments()]
+def build_command(ground: Ground, _arguments: dict[str, Any]) -> list[str]:
+    """``remitstream worker --processes 2``."""
+    return [sys.executable, "-m", "runtime.cli", "worker", "--processes", "2", *ground.settings.list_arguments()]
 
 
 SCENARIO = Scenario(
