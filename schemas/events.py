@@ -34,7 +34,7 @@ ROOT_KINDS = frozenset({Kind.CAPTURE})
 """Kinds that begin a lineage; all others of `payments` are children of one."""
 
 
-class Reference(msgspec.Struct, frozen=True):
+class Reference(msgspec.Struct, frozen=True, gc=False):
     """An identifier of a person, account or visit: unique only inside its assigning authority."""
 
     authority: str
@@ -42,7 +42,7 @@ class Reference(msgspec.Struct, frozen=True):
     value: str
 
 
-class MoneyEvent(msgspec.Struct, kw_only=True):
+class MoneyEvent(msgspec.Struct, kw_only=True, gc=False):
     """One money fact: value of `payments` and `settlements`, keyed by ``root``."""
 
     event_id: str

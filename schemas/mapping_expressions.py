@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Node = Any
 
 _CHAINS: Final = frozenset({"subexpression", "pipe", "index_expression"})
-_EVALUATION_ERRORS: Final = (
+EVALUATION_ERRORS: Final = (
     exceptions.JMESPathError,
     ArithmeticError,
     AttributeError,
@@ -31,6 +31,7 @@ _EVALUATION_ERRORS: Final = (
     TypeError,
     ValueError,
 )
+"""What evaluating an expression may raise when types do not fit."""
 
 
 class ExpressionError(Exception):
@@ -40,7 +41,7 @@ class ExpressionError(Exception):
 class Expression:
     """A compiled expression. ``parsed`` is JMESPath's syntax tree, for the linter."""
 
-    __slots__ = ("_evaluate", "parsed", "text")
+    __slots__ = ("_compiler", "_evaluate", "functions", "parsed", "text")
 
     def __init__(self, text: str, functions: MappingFunctions | None = None) -> None:
         """Parse and compile. Raises ``ExpressionError`` with the position of a syntax error."""
@@ -51,8 +52,10 @@ class Expression:
             position = getattr(error, "lex_position", None)
             place = "" if position is None else f" at character {position + 1}"
             raise ExpressionError(f"not a JMESPath expression{place}") from None
-        options = visitor.Options(custom_functions=functions or MappingFunctions())
-        self._evaluate = _Compiler(visitor.TreeInterpreter(options), options.custom_functions).compile(self.parsed)
+        self.functions = functions or MappingFunctions()
+        options = visitor.Options(custom_functions=self.functions)
+        self._compiler = _Compiler(visitor.TreeInterpreter(options), self.functions)
+        self._evaluate = self._compiler.compile(self.parsed)
 
     def __repr__(self) -> str:
         return f"Expression({self.text!r})"
@@ -64,13 +67,17 @@ class Expression:
         """
         try:
             return self._evaluate(value)
-        except _EVALUATION_ERRORS as error:
+        except EVALUATION_ERRORS as error:
             raise ExpressionError(type(error).__name__) from None
+
+    def build_closure(self, node: Node) -> Evaluate:
+        """The function that evaluates one node of ``parsed``. It raises what ``EVALUATION_ERRORS`` names."""
+        return self._compiler.compile(node)
 
     @property
     def path(self) -> tuple[str, ...] | None:
         """Member names when the expression is a plain dotted path, else None. ``@`` is the empty path."""
-        return () if self.parsed["type"] in {"current", "identity"} else _read_path(self.parsed)
+        return () if self.parsed["type"] in {"current", "identity"} else read_path(self.parsed)
 
 
 def is_false(value: Any) -> bool:
@@ -78,14 +85,15 @@ def is_false(value: Any) -> bool:
     return value is None or value is False or (not value and isinstance(value, str | list | dict))
 
 
-def _read_path(node: Node) -> tuple[str, ...] | None:
+def read_path(node: Node) -> tuple[str, ...] | None:
+    """Member names of a node that is a plain dotted path, else None."""
     if node["type"] == "field":
         return (node["value"],)
     if node["type"] not in {"subexpression", "pipe"}:
         return None
     names: tuple[str, ...] = ()
     for child in node["children"]:
-        part = _read_path(child)
+        part = read_path(child)
         if part is None:
             return None
         names += part
@@ -100,7 +108,7 @@ class _Compiler:
         self._functions = functions
 
     def compile(self, node: Node) -> Evaluate:
-        path = _read_path(node)
+        path = read_path(node)
         if path is not None:
             return _compile_path(path)
         if node["type"] in _CHAINS:

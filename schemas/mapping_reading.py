@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 CARD_TEXTS: Final = tuple(text.decode() for text in (CARD_TEXT, TRACK_TEXT, SECURITY_CODE_TEXT))
 """What the edge writes in place of card data; a needed field that holds it is a dead letter."""
 _EMPTIED: Final = MEMBER_TEXT.decode()
-_LATEST_MS: Final = 4_102_444_800_000  # the year 2100: later times are most likely not milliseconds
+LATEST_MS: Final = 4_102_444_800_000
+"""The year 2100: later times are most likely not milliseconds."""
 
-# A number with a fraction stays text: it becomes money digit by digit, never through a float.
-_decoder = msgspec.json.Decoder(float_hook=str)
+JSON_OPTIONS: Final[Mapping[str, Any]] = {"float_hook": str}
+"""How bodies are decoded: a number with a fraction stays text, so that it becomes money digit by digit."""
+_decoder = msgspec.json.Decoder(**JSON_OPTIONS)
 
 
 class Reason(StrEnum):
@@ -185,7 +187,7 @@ class SourceMapping:
             moment = _evaluate(rule.occurred_at, focus, "occurred_at")
         if moment is None:
             raise Failure(FailureKind.UNMAPPED, "FIELD_MISSING", "occurred_at")
-        if type(moment) is not int or not 0 < moment < _LATEST_MS:
+        if type(moment) is not int or not 0 < moment < LATEST_MS:
             raise Failure(FailureKind.INVALID, "TIME_INVALID", "occurred_at")
         token = rule.token_reference
         metadata = None if self.metadata is None else _evaluate(self.metadata, focus, "metadata")

@@ -33,7 +33,7 @@ LARGEST_MINOR = 10**15
 _DECIMAL = re.compile(r"(-?)([0-9]{1,16})(?:\.([0-9]{1,6}))?\Z")
 
 
-class Money(msgspec.Struct, frozen=True, order=False):
+class Money(msgspec.Struct, frozen=True, order=False, gc=False):
     """An amount: ``minor`` units (cents, yen, fils), ISO 4217 ``currency``, and that currency's ``exponent``."""
 
     minor: int

@@ -2,23 +2,26 @@
 
 The mapping says what a body means; this module adds who it is about: tenant, facility, account and patient. Pure: no
 I/O after ``load``, no clock; the same record always gives the same event.
+
+There are two ways to the same answer. Nearly every record takes the short one, which is compiled
+(``streams.shortcut``). Whatever is not ordinary goes the long way, here; it alone decides failures.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-
-import msgspec
 
 from schemas.events import ROOT_KINDS, MoneyEvent, Reference
 from schemas.failure import Failure, FailureKind
 from schemas.keys import build_event_id, build_transaction_key
 from schemas.mapping import Attribute, MappingError, Overlay, Problem, Reading, list_paths, load_overlay, load_source
+from schemas.mapping_compiler import MappingNotCompiled
 from schemas.mapping_reading import read_attributes, read_optional_text
+from streams.normalised import GUARANTOR_TYPE, VISIT_TYPE, Ignored, Normalised, Participant
+from streams.shortcut import Shortcut
 from topics import headers
 from topics.catalog import PAYMENTS
 
@@ -32,56 +35,14 @@ if TYPE_CHECKING:
 MAPPINGS: Final = Path(str(files("streams"))) / "mappings"
 """Folder of the shipped source mappings."""
 
-VISIT_TYPE: Final = "VN"
-GUARANTOR_TYPE: Final = "AN"
-"""HL7 table 0203: visit number, account number."""
-
-
-class Normalised(msgspec.Struct, kw_only=True):
-    """A canonical event and what the batch loop needs beside it.
-
-    ``facts`` are the money facts for the digest, in a fixed order, without PHI. ``is_root`` says the event begins its
-    lineage. ``needs_patient`` is false for settlements; ``patient_named`` says the event itself names the patient (a
-    child need not: its lineage does).
-    """
-
-    topic: str
-    event: MoneyEvent
-    facts: tuple[str, ...]
-    is_root: bool
-    needs_patient: bool
-    patient_named: bool
-    event_type: str
-
-
-class Ignored(msgspec.Struct, frozen=True):
-    """A record that is no money fact of its own.
-
-    ``reason`` is EVIDENCE (sister of an authoritative event), NOT_MONEY or UNKNOWN_TYPE. ``linked`` is the event id of
-    the fact it is evidence of, empty when the record does not name one.
-    """
-
-    reason: str
-    event_type: str
-    linked: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Participant:
-    """An account with its facility and that facility's own attributes."""
-
-    account: Account
-    facility: Facility
-    attributes: tuple[Attribute, ...]
-    public: tuple[Attribute, ...]
-    """Those of the attributes that are not PHI: all that a settlement may carry."""
+__all__ = ["MAPPINGS", "Ignored", "Normalised", "Normaliser"]
 
 
 class Normaliser:
     """Turns raw records of one source into canonical events. Build it with ``load``."""
 
     def __init__(
-        self, mapping: SourceMapping, tenancy: Tenancy, participants: dict[str, _Participant], version: str
+        self, mapping: SourceMapping, tenancy: Tenancy, participants: dict[str, Participant], version: str
     ) -> None:
         self.source = mapping.source
         self.version = version
@@ -89,6 +50,13 @@ class Normaliser:
         self._mapping = mapping
         self._tenant = tenancy.tenant
         self._participants = participants
+        self.not_compiled = ""
+        """Why every record goes the long way; empty for a mapping that could be compiled."""
+        self.shortcut: Shortcut | None = None
+        try:
+            self.shortcut = Shortcut(mapping, participants.values(), tenancy.tenant, version)
+        except MappingNotCompiled as reason:
+            self.not_compiled = str(reason)
 
     @classmethod
     def load(
@@ -116,12 +84,12 @@ class Normaliser:
             except MappingError as error:
                 problems.extend(error.problems)
         shipped = [(str(path), part) for rules in mapping.rules.values() for rule in rules for part in rule.attributes]
-        participants: dict[str, _Participant] = {}
+        participants: dict[str, Participant] = {}
         for account in accounts:
             facility = tenancy.get_facility(account.facility)
             own = overlays[facility.id].attributes.get(source, ()) if facility.id in overlays else ()
             public = tuple(part for part in own if not part.phi)
-            participants[account.name] = _Participant(account, facility, own, public)
+            participants[account.name] = Participant(account, facility, own, public)
             placed = shipped + [(str(facility.mapping_overlay), part) for part in own]
             problems.extend(_find_phi(mapping, account, placed, allowed=allow_phi_attributes))
         if problems:
@@ -143,6 +111,11 @@ class Normaliser:
         Raises ``Failure`` for a dead letter: HEADER_MISSING, HEADER_INVALID, SOURCE_MISMATCH, ACCOUNT_UNKNOWN,
         FACILITY_MISMATCH, AUTHORITY_UNKNOWN, and all that ``SourceMapping.read`` raises.
         """
+        found = None if self.shortcut is None else self.shortcut.take(record)
+        return self.interpret(record) if found is None else found
+
+    def interpret(self, record: RawRecord) -> Normalised | Ignored:
+        """What ``normalise`` gives, always by the long way."""
         participant = self._find_participant(record)
         account = participant.account
         found = self._mapping.read(record.value)
@@ -186,7 +159,7 @@ class Normaliser:
             event_type=found.event_type,
         )
 
-    def _find_participant(self, record: RawRecord) -> _Participant:
+    def _find_participant(self, record: RawRecord) -> Participant:
         if record.read_header(headers.SOURCE) != self.source:
             raise Failure(FailureKind.INVALID, "SOURCE_MISMATCH", headers.SOURCE)
         participant = self._participants.get(record.read_header(headers.ACCOUNT))
