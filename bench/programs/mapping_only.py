@@ -33,7 +33,7 @@ class MappingDecider(MoneyDecider):
         refused: frozenset[str] = frozenset(),  # noqa: ARG002 - nothing of the input is refused
     ) -> Decision:
         """Map every record of a batch."""
-        writer = _Writer(self._codecs, self.source, self._clock.now_ms())
+        writer = _Writer(self._codecs, self._printer, self.source, self._clock.now_ms())
         for record in records:
             mapped = _guard(self._normaliser.normalise, record)
             if not isinstance(mapped, Normalised):
