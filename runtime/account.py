@@ -208,6 +208,8 @@ class _Books:
             disposition = dispositions.decode(record.value or b"")
             yield disposition.hop, disposition.fate, disposition.reason
         for record in self._scan.read(catalog.DLQ):
+            if find_header(record.headers, headers.EDITED_FROM) is not None:
+                continue  # a new version of a letter that is counted
             if find_header(record.headers, headers.DEAD_LETTER_STAGE) in NORMALISE_STAGES:
                 hop = find_header(record.headers, headers.HOP) or ""
                 yield hop, Fate.DEAD_LETTERED, find_header(record.headers, headers.DEAD_LETTER_CODE) or ""

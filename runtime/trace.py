@@ -154,7 +154,9 @@ class _Story:
             stage = find_header(record.headers, headers.DEAD_LETTER_STAGE) or ""
             if hop in self._hops and stage in NORMALISE_STAGES:
                 code = find_header(record.headers, headers.DEAD_LETTER_CODE)
-                yield _build_step(record, 2, "dead_lettered", stage=stage, reason=code, hop=hop)
+                edited = find_header(record.headers, headers.EDITED_FROM)
+                what = "dead_lettered" if edited is None else "edited version"
+                yield _build_step(record, 2, what, stage=stage, reason=code, hop=hop, of=edited)
         reviews = self._scan.build_decoder("review", Review)
         for record in self._scan.read(catalog.REVIEWS):
             if record.value is not None and (review := reviews.decode(record.value)).hop in self._hops:

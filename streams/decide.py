@@ -382,9 +382,11 @@ class MoneyDecider:
         roots: dict[str, Reference | None] = {}
         hashes = set()
         for partition, taken in candidates.items():
-            for _, mapped in taken:
+            for record, mapped in taken:
                 if not isinstance(mapped, Normalised) or not mapped.needs_patient:
                     continue
+                if named := _find_named(record):
+                    hashes.add(named)
                 reference, root = mapped.event.patient, mapped.event.root
                 if mapped.is_root:
                     roots[root] = reference
@@ -452,7 +454,8 @@ class _Lane:
         event = mapped.event
         digest = self._decider.hash_facts(mapped.facts)
         seen = self._draft.read_seen(event.transaction_key)
-        if seen:
+        others = _leave_out_reviewed(seen, record, digest)
+        if seen and others is seen:
             for entry in seen:
                 if entry.digest == digest:
                     self._writer.dispose(record, Fate.SUPPRESSED, "DUPLICATE", event.kind, entry.hop)
@@ -467,7 +470,7 @@ class _Lane:
         except Exception as error:  # noqa: BLE001 - as in _guard: encoding is part of what a record may fail at
             self._writer.dead_letter(record, _as_failure(error), "normalise")
             return
-        self._draft.write_seen(event.transaction_key, [SeenEntry(digest, record.hop)])
+        self._draft.write_seen(event.transaction_key, [*others, SeenEntry(digest, record.hop)])
         if mapped.is_root and ended and not self.room.is_empty:
             self._release_entity(event.root)
 
@@ -491,13 +494,18 @@ class _Lane:
                 return self._hold(record, event, PARENT_UNKNOWN, event.root, held)
             if held is None and not self.room.is_empty and self.room.list_entity(event.root):
                 return self._hold(record, event, BEHIND_ENTITY, event.root, held)
-        if event.patient is None:
-            self._writer.review(record, event, "PATIENT_NOT_NAMED")
-            return True
-        awaited = self._decider.hash_reference(event.patient)
+        awaited = named = _find_named(record)
+        if not named:
+            if event.patient is None:
+                self._writer.review(record, event, "PATIENT_NOT_NAMED")
+                return True
+            awaited = self._decider.hash_reference(event.patient)
         resolution = self._found.get(awaited)
         if isinstance(resolution, Known):
             event.mrn = resolution.mrn
+            if named:
+                # Only the keyed hash of what the person named travels; the MRN it stands for is the reference.
+                event.patient = resolution.mrn
             self._writer.publish(record, mapped)
             return True
         if isinstance(resolution, Ambiguous):
@@ -692,6 +700,25 @@ def _describe_root(event: MoneyEvent) -> Lineage:
         claim=event.claim,
         invoice=event.invoice,
     )
+
+
+def _leave_out_reviewed(seen: list[SeenEntry], record: RawRecord, digest: bytes) -> list[SeenEntry]:
+    """Seen copies without the one that went to review and whose place this record takes, by a person's decision.
+
+    The same list when there is none such: the record is a copy like any other.
+    """
+    if not seen or not record.headers or record.headers[-1][0] != headers.REVIEWED_HOP:
+        return seen
+    reviewed = record.headers[-1][1].decode("utf-8", "replace")
+    others = [entry for entry in seen if (entry.hop, entry.digest) != (reviewed, digest)]
+    return others if len(others) < len(seen) else seen
+
+
+def _find_named(record: RawRecord) -> str:
+    """Keyed hash of the identifier that a person named for this record; empty for all but a few."""
+    if not record.headers or record.headers[-1][0] != headers.REVIEWED_HOP:
+        return ""
+    return find_header(record.headers, headers.NAMED_PATIENT) or ""
 
 
 def _list_keys(candidates: Iterable[_Candidate]) -> tuple[list[str], list[str]]:
