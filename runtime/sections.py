@@ -72,6 +72,14 @@ class WorkerSettings(Strict):
         default=None,
         description="Stable name of this host in groups and transactions, unique among hosts; default: its host name.",
     )
+    group_protocol: Literal["classic", "consumer"] = Field(
+        default="classic",
+        description="How workers share partitions. `classic`: static members, so that a restart within "
+        "`kafka.session_timeout_seconds` moves nothing. `consumer` (KIP-848): the broker shares out and a change stops "
+        "only what moves, but there are no static members and the broker sets the session: "
+        "`group.consumer.session.timeout.ms` (45 s), or `consumer.session.timeout.ms` of the group; a killed worker's "
+        "partitions wait that long. Stop all workers to change it.",
+    )
     batch_records: int = Field(default=2000, ge=1, le=20_000, description="Most records in one transaction.")
     parent_wait_hours: int = Field(
         default=72,

@@ -12,7 +12,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import faust
 import yarl
@@ -32,7 +32,7 @@ from telemetry.log import get_log
 from telemetry.metrics import METRICS, Metric, Metrics
 from topics import catalog
 from topics.dead_letter import build_dead_letter
-from topics.group import GroupConsumer, Polled, PositionBroken
+from topics.group import GroupConsumer, Membership, Polled, PositionBroken
 from topics.headers import RawRecord
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Feeder:
         state_folder: Path,
         batch_size: int,
         waiting_limit: int = 100_000,
+        partitions: int | None = None,
+        group_protocol: Literal["classic", "consumer"] = "classic",
         metrics: Metrics = METRICS,
     ) -> None:
         self.deciders = {catalog.name_raw(source): decider for source, decider in deciders.items()}
@@ -96,6 +98,8 @@ class Feeder:
             load=self._load,
             release=self._release,
             report=self._report,
+            membership=Membership.SERVER if group_protocol == "consumer" else Membership.SPREAD,
+            partitions=partitions,
         )
 
     async def start(self) -> None:
@@ -121,6 +125,10 @@ class Feeder:
             self._measure_waiting()
             limit = 1 if self._is_suspicious() else self._limit
             polled = await self.group.poll(limit, IDLE_SECONDS)
+            if limit > 1 and self._is_suspicious():
+                # The partition became ours during the poll.
+                await self.group.rewind()
+                return None
             if polled.partitions or time.monotonic() - self._last_idle >= IDLE_SECONDS:
                 self._last_idle = time.monotonic()
                 self._pending = self._split(polled)

@@ -151,16 +151,22 @@ def build_instance_name() -> str:
 
 def describe_topic_ids(kafka: KafkaSettings, names: Iterable[str], *, timeout: float = 10.0) -> dict[str, str]:
     """Topic name -> topic id, for those that exist. Raises ``KafkaUnreachable``."""
+    return {name: topic_id for name, (topic_id, _) in describe_topics(kafka, names, timeout=timeout).items()}
+
+
+def describe_topics(kafka: KafkaSettings, names: Iterable[str], *, timeout: float = 10.0) -> dict[str, tuple[str, int]]:
+    """Topic name -> topic id and partition count, for those that exist. Raises ``KafkaUnreachable``."""
     wanted = list(names)
     if not wanted:
         return {}
     admin = AdminClient(kafka.build_client("remitstream-admin"))
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, int]] = {}
     try:
         futures = admin.describe_topics(TopicCollection(wanted), request_timeout=timeout)
         for name, future in futures.items():
             try:
-                found[name] = str(future.result().topic_id)
+                topic = future.result()
+                found[name] = str(topic.topic_id), len(topic.partitions)
             except KafkaException as error:
                 if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                     raise

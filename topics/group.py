@@ -16,14 +16,15 @@ import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from enum import Enum
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, TopicPartition
 
-from schemas.failure import FatalError, OperatorError, TemporaryError
+from schemas.failure import ConfigurationError, FatalError, OperatorError, TemporaryError
 from topics import frontier
-from topics.cluster import KafkaUnreachable, describe_topic_ids, name_error
+from topics.cluster import KafkaUnreachable, describe_topics, name_error
 from topics.lease import STATISTICS_INTERVAL_MS, Lease
 from topics.reading import TopicReader
 from topics.transaction import Changelog, Output, ProcessFenced, RecordRefused, TransactionAborted, Transactor
@@ -49,6 +50,40 @@ class PositionBroken(FatalError):
     code = "RS304"
     meaning = "Records came out of order with the frontier; going on could skip or repeat some."
     default_remedy = "Nothing by hand: the process manager restarts the process; report it if it repeats."
+
+
+class PartitionsChanged(ConfigurationError):
+    """A topic has another number of partitions than the settings say."""
+
+    code = "RS342"
+    meaning = "A topic's partition count is not `worker.partitions`: the same key would go to two partitions."
+    default_remedy = (
+        "Correct `worker.partitions` if it is the setting that is wrong. If partitions were added to a topic, its "
+        "order and dedupe are broken: stop all writers and move to a new generation of topics."
+    )
+
+
+class Membership(Enum):
+    """How a group shares its partitions out."""
+
+    STICKY = "classic, cooperative-sticky"
+    """Each member keeps what it has; whoever joins gets the first topics' partitions, of the last ones perhaps none."""
+    SPREAD = "classic, roundrobin"
+    """Every member gets its share of every topic; all partitions pause when a member joins or leaves."""
+    SERVER = "consumer"
+    """KIP-848: the broker shares out, by ranges of every topic, and sets the session time-out. No static ids there: a
+    killed static member would block its successor until the session ends."""
+
+    def build_client(self, instance: str, session_ms: int) -> dict[str, Any]:
+        """Configuration of the consumer. librdkafka refuses session settings and assignors of ours with ``SERVER``."""
+        if self is Membership.SERVER:
+            return {"group.protocol": "consumer", "group.remote.assignor": "range"}
+        return {
+            "group.instance.id": instance,
+            "partition.assignment.strategy": "roundrobin" if self is Membership.SPREAD else "cooperative-sticky",
+            "session.timeout.ms": session_ms,
+            "heartbeat.interval.ms": min(3000, session_ms // 6),
+        }
 
 
 @dataclass(slots=True)
@@ -83,6 +118,7 @@ class GroupConsumer(Generic[R]):
     the partition's local state is current (it may raise ``TemporaryError`` to be called again). ``release`` is called
     on the consumer's thread when a partition is taken away. ``keeps_records`` says that the caller keeps records above
     the frontier over a rewind and finishes them meanwhile: then those that come again below it are dropped.
+    ``membership`` says how partitions are shared out; ``partitions`` is the count every topic must have.
     """
 
     def __init__(
@@ -98,6 +134,8 @@ class GroupConsumer(Generic[R]):
         release: Callable[[str, int], None] = lambda _topic, _partition: None,
         report: Callable[[str, OperatorError], None] = lambda _event, _error: None,
         keeps_records: bool = False,
+        membership: Membership = Membership.STICKY,
+        partitions: int | None = None,
     ) -> None:
         self.group = group
         self.topics = list(topics)
@@ -111,6 +149,8 @@ class GroupConsumer(Generic[R]):
         self._release = release
         self._report = report
         self._keeps_records = keeps_records
+        self._membership = membership
+        self._partitions = partitions
         self._owned: dict[Partition, _Owned] = {}
         self.topic_ids: dict[str, str] = {}
         self._consumer: Any = None
@@ -192,23 +232,20 @@ class GroupConsumer(Generic[R]):
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
 
     def _open(self) -> None:
-        self.topic_ids = describe_topic_ids(self._kafka, self.topics)
+        self.topic_ids = self._describe_topics()
         missing = sorted(set(self.topics) - set(self.topic_ids))
         if missing:
             raise KafkaUnreachable(
                 "the topics do not exist.", place=", ".join(missing), remedy="Run `remitstream topics apply`."
             )
         self._transactor.open()
-        session = self._kafka.session_timeout_seconds * 1000
         self._lease = Lease()
+        session = self._kafka.session_timeout_seconds * 1000
         self._consumer = Consumer(
             self._kafka.build_client(self._instance)
+            | self._membership.build_client(self._instance, session)
             | {
                 "group.id": self.group,
-                "group.instance.id": self._instance,
-                "partition.assignment.strategy": "cooperative-sticky",
-                "session.timeout.ms": session,
-                "heartbeat.interval.ms": min(3000, session // 6),
                 "max.poll.interval.ms": max(300_000, session),
                 "enable.auto.commit": False,
                 "enable.auto.offset.store": False,
@@ -378,7 +415,11 @@ class GroupConsumer(Generic[R]):
             self.failure = error
             starts = dict.fromkeys(keys, OFFSET_END)
         # The position is exact from the first fetch on; a seek just after an assignment may be lost in the client.
-        consumer.incremental_assign([TopicPartition(*key, offset) for key, offset in starts.items()])
+        placed = [TopicPartition(*key, offset) for key, offset in starts.items()]
+        if self._membership is Membership.SPREAD:
+            consumer.assign(placed)
+        else:
+            consumer.incremental_assign(placed)
         consumer.pause(partitions)
         self._rewind()
         if self.failure is None:
@@ -392,7 +433,10 @@ class GroupConsumer(Generic[R]):
         for partition in partitions:
             if self._owned.pop((partition.topic, partition.partition), None) is not None:
                 self._release(partition.topic, partition.partition)
-        consumer.incremental_unassign(partitions)
+        if self._membership is Membership.SPREAD:
+            consumer.unassign()
+        else:
+            consumer.incremental_unassign(partitions)
         self._rewind()
 
     def _set_paused(self, partitions: Sequence[Partition] | None, paused: bool) -> None:  # noqa: FBT001
@@ -439,11 +483,19 @@ class GroupConsumer(Generic[R]):
             time.sleep(wait)
             wait = min(wait * 2, 2.0)
 
+    def _describe_topics(self) -> dict[str, str]:
+        """Topic ids. Raises ``PartitionsChanged``: keys, order and local state hang on the count."""
+        found = describe_topics(self._kafka, self.topics)
+        for topic, (_, count) in found.items():
+            if self._partitions is not None and count != self._partitions:
+                raise PartitionsChanged(f"it has {count} partitions, not {self._partitions}.", place=topic)
+        return {topic: topic_id for topic, (topic_id, _) in found.items()}
+
     def _find_starts(self, keys: Sequence[Partition]) -> dict[Partition, int]:
         """Frontier of each partition, after every predecessor's transaction on it is decided."""
         if not keys:
             return {}
-        current = describe_topic_ids(self._kafka, self.topics)
+        current = self._describe_topics()
         for topic, partition in keys:
             if current.get(topic) != self.topic_ids[topic]:
                 raise frontier.FrontierLost("the topic was deleted and made again while this process ran.", place=topic)

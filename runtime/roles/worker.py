@@ -66,6 +66,8 @@ def run(settings: Settings, *, slot: int = 0) -> int:
                 state_folder=settings.worker.state,
                 batch_size=settings.worker.batch_records,
                 waiting_limit=settings.worker.waiting_limit,
+                partitions=settings.worker.partitions,
+                group_protocol=settings.worker.group_protocol,
             )
             worker = Worker(feeder)
             readiness.follow(worker.feeder.is_ready)

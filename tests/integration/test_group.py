@@ -4,16 +4,25 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 import uuid
 
 import pytest
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewPartitions,
+    NewTopic,
+    ResourceType,
+)
 
 from schemas.failure import FatalError, TemporaryError
 from topics.cluster import KafkaSettings, KafkaUnreachable, describe_topic_ids
 from topics.frontier import FrontierLost, await_pending_offsets, build_frontier, read_frontiers
-from topics.group import GroupConsumer, PositionBroken, StaleAssignment
+from topics.group import GroupConsumer, Membership, PartitionsChanged, PositionBroken, StaleAssignment
 from topics.reading import Record, TopicReader, build_record, read_to_end
 from topics.transaction import Output, ProcessFenced, RecordRefused, TransactionAborted, Transactor
 
@@ -25,6 +34,7 @@ class Place:
 
     def __init__(self, kafka, partitions):
         self.kafka = kafka
+        self.membership = Membership.STICKY
         self.admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
         self.id = uuid.uuid4().hex[:8]
         self.source, self.out, self.group = f"in-{self.id}", f"out-{self.id}", f"g-{self.id}"
@@ -58,6 +68,7 @@ class Place:
         return read_frontiers(self.kafka, self.group).get((self.topic_id, partition))
 
     def build_member(self, name, **arguments):
+        arguments.setdefault("membership", self.membership)
         member = GroupConsumer(
             self.kafka,
             group=self.group,
@@ -191,8 +202,10 @@ async def test_an_abort_rewinds_and_skips_nothing(place):
     assert place.read() == list("abcdef")
 
 
-async def test_a_second_member_makes_a_batch_in_hand_stale(make_place):
+@pytest.mark.parametrize("membership", list(Membership))
+async def test_a_second_member_makes_a_batch_in_hand_stale(make_place, membership):
     place = make_place(2)
+    place.membership = membership
     for partition in (0, 1):
         place.send(*(f"{partition}-{number}" for number in range(20)), partition=partition)
     first = await place.join("a")
@@ -225,6 +238,82 @@ async def test_a_second_member_makes_a_batch_in_hand_stale(make_place):
         await asyncio.gather(work(first), work(second))
     assert sorted(place.read()) == sorted(f"{p}-{n}" for p in (0, 1) for n in range(20))
     assert {member for member, _ in done} == {first, second}, "both must have worked, or nothing was shared"
+
+
+@pytest.mark.parametrize("membership", list(Membership))
+async def test_a_member_that_leaves_gives_its_partitions_to_the_rest(make_place, membership):
+    place = make_place(3)
+    place.membership = membership
+    first, second = await place.join("a"), await place.join("b")
+
+    async def await_owned(*members):
+        async with asyncio.timeout(60):
+            while sum(len(member.frontiers()) for member in members) != 3 or not all(
+                member.frontiers() for member in members
+            ):
+                await asyncio.gather(*(member.poll(1, 0.05) for member in members))
+
+    await await_owned(first, second)
+    assert not first.frontiers().keys() & second.frontiers().keys()
+    await second.close()
+    await await_owned(first)
+    for partition in range(3):
+        place.send(str(partition), partition=partition)
+    while len(place.read()) < 3:
+        await place.commit(first, await take(first, 10))
+    assert sorted(place.read()) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("membership", [Membership.SPREAD, Membership.SERVER])
+async def test_a_late_member_gets_its_share_of_every_topic(make_place, membership):
+    """With sticky assignment it would get all partitions of the one and none of the other topic."""
+    place, other = make_place(4), make_place(4)
+    place.membership = membership
+    both = [place.source, other.source]
+    members = [place.build_member("a"), place.build_member("b")]
+    for member in members:
+        member.topics = both
+    await members[0].start()
+    async with asyncio.timeout(60):
+        while len(members[0].frontiers()) != 8:
+            await members[0].poll(1, 0.05)
+        await members[1].start()
+        while sum(len(member.frontiers()) for member in members) != 8 or not members[1].frontiers():
+            await asyncio.gather(*(member.poll(1, 0.05) for member in members))
+    for member in members:
+        assert sorted(topic for topic, _ in member.frontiers()) == sorted(both * 2)
+
+
+@pytest.mark.parametrize("when", ["before the start", "while it runs"])
+async def test_partitions_added_to_a_topic_stop_the_process(make_place, when):
+    place = make_place(2)
+    add = {place.source: 3}
+
+    def grow():
+        for future in place.admin.create_partitions([NewPartitions(*pair) for pair in add.items()]).values():
+            future.result()
+        while len(place.admin.list_topics(place.source).topics[place.source].partitions) < 3:
+            time.sleep(0.05)
+
+    member = place.build_member("a", partitions=2, membership=Membership.SPREAD)
+    if when == "before the start":
+        grow()
+        with pytest.raises(PartitionsChanged) as changed:
+            await member.start()
+    else:
+        await member.start()
+        await member.poll(1, 0.1)
+        grow()
+        other = await place.join("b", membership=Membership.SPREAD)  # whatever makes the group share out again
+
+        async def work():
+            while True:
+                await asyncio.gather(member.poll(1, 0.1), other.poll(1, 0.1))
+
+        with pytest.raises(PartitionsChanged) as changed:
+            await asyncio.wait_for(work(), 60)
+    assert place.source in changed.value.place
+    assert "3 partitions, not 2" in changed.value.detail
 
 
 async def test_a_new_process_of_the_same_name_fences_the_old_one(place):

@@ -189,6 +189,28 @@ async def test_an_unknown_culprit_is_searched_and_batches_grow_again(feeder):
     assert [call[1] for call in feeder.group.calls if call[0] == "poll"] == [100, 1, 2, 4]
 
 
+async def test_suspects_are_read_one_by_one_also_when_their_partition_came_during_the_poll(feeder):
+    for _ in range(3):
+        feeder.suspects.open()
+        feeder.suspects.take({"T:0": (0, 2)}, alone=False)
+    feeder.suspects.open()
+    frontiers, feeder.group.frontier = {("raw.stripe", 0): 0}, {}
+
+    async def poll(limit, _wait):
+        feeder.group.calls.append(("poll", limit))
+        feeder.group.frontier = frontiers
+        taken = [record(number)[1] for number in range(frontiers["raw.stripe", 0], 3)[:limit]]
+        return Polled(1, {("raw.stripe", 0): taken})
+
+    feeder.group.poll = poll
+    assert await feeder.next_batch() is None
+    for _ in range(3):
+        batch = await feeder.next_batch()
+        await batch.commit(decide(batch))
+    called = [call[-1] for call in feeder.group.calls if call[0] in {"poll", "rewind"}]
+    assert called == [100, "rewind", 1, 1, 100]
+
+
 async def test_a_slow_batch_is_followed_by_smaller_ones_and_only_full_quick_ones_by_larger(feeder, monkeypatch):
     monkeypatch.setattr("streams.transport.time.perf_counter", lambda: now)
     lengths = {"slow": 2.0, "middling": 0.7, "quick": 0.1}
