@@ -151,7 +151,7 @@ class Bench:
         for scenario in SCENARIOS:
             if scenario.name not in only:
                 continue
-            if scenario.small:
+            if scenario.small and SMALL_RAW not in self._ground.hops:
                 self._ground.create_topic(SMALL_RAW)
                 self._ground.load(SMALL_RAW, self._options.faust_events)
             self._report["results"][scenario.name] = self._measure(scenario)

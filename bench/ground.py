@@ -176,6 +176,16 @@ class Ground:
         if producer.flush(60) or self.read_ends(topic) != ends:
             raise BenchBroken("the raw log could not be written")
 
+    def note_hops(self, topic: str, ends: dict[int, int], last: int) -> None:
+        """Remember where events lie that another single producer appended in order, ``ends`` being the ends before."""
+        hops, ends = self.hops.setdefault(topic, []), dict(ends)
+        for number in range(len(hops), last):
+            partition = murmur2(self.traffic.draw(number).root.encode(), PARTITIONS)
+            hops.append((partition, ends[partition]))
+            ends[partition] += 1
+        if self.read_ends(topic) != ends:
+            raise BenchBroken("the raw log is not what was sent")
+
     def forget_log(self, topic: str) -> None:
         """The log was deleted."""
         self.hops.pop(topic, None)
@@ -296,6 +306,12 @@ class Progress:
         """Whether the group's offsets have reached these ends of the raw log."""
         known = self._consumer.committed([TopicPartition(raw, partition) for partition in ends], timeout=20)
         return all(position.offset >= ends[position.partition] for position in known)
+
+    def count_lag(self, raw: str) -> int:
+        """Records of the raw log (the one looked at) that the group has not committed yet."""
+        ends = self.read_ends()
+        known = self._consumer.committed([TopicPartition(raw, partition) for partition in ends], timeout=20)
+        return sum(max(0, ends[position.partition] - max(0, position.offset)) for position in known)
 
     def close(self) -> None:
         """Give up the connection."""

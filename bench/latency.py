@@ -45,6 +45,8 @@ def measure_latency(ground: Ground, scenario: Scenario, *, rate: float, seconds:
             "first": WARM_EVENTS,
             "last": WARM_EVENTS + count,
             "rate": rate,
+            "prepare": True,
+            "now": True,
         }
         meter = Meter([process.pid])
         before = meter.read_cpu()

@@ -32,14 +32,24 @@ class Mapper:
             Path(arguments["schema"]).read_text("utf-8"),
             object_hook=lambda member: {k: v for k, v in member.items() if k != "logicalType"},
         )
+        self.schema = schema
         self._schema = fastavro.parse_schema(schema)
-        self._frame = struct.pack(">bI", 0, arguments["schema_id"])
+        self.frame = struct.pack(">bI", 0, arguments["schema_id"])
         self._version = arguments["mapping_version"]
         self._topic_id = arguments["raw_id"]
 
     def map(self, value: bytes, raw_headers: Any, partition: int, offset: int) -> tuple[bytes, bytes, Headers]:
         """Key, value and headers of the canonical event. Raises for anything it does not know."""
-        event = orjson.loads(value)
+        canonical, headers = self.build(orjson.loads(value), raw_headers, partition, offset)
+        out = io.BytesIO()
+        out.write(self.frame)
+        fastavro.schemaless_writer(out, self._schema, canonical)
+        return canonical["root"].encode(), out.getvalue(), headers
+
+    def build(
+        self, event: dict[str, Any], raw_headers: Any, partition: int, offset: int
+    ) -> tuple[dict[str, Any], Headers]:
+        """The canonical event, not encoded, and its headers."""
         if event["type"] != "payment_intent.succeeded":
             raise ValueError("not a payment")
         known = dict(raw_headers)
@@ -90,9 +100,6 @@ class Mapper:
             "mapping_version": self._version,
             "origin": origin,
         }
-        out = io.BytesIO()
-        out.write(self._frame)
-        fastavro.schemaless_writer(out, self._schema, canonical)
         seconds, rest = divmod(occurred_at, 1000)
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{rest:03d}Z"
         headers = [
@@ -108,7 +115,7 @@ class Mapper:
             ("facility", facility.encode()),
             ("mapping_version", self._version.encode()),
         ]
-        return root.encode(), out.getvalue(), headers
+        return canonical, headers
 
 
 def _refer(metadata: dict[str, Any], name: str, authority: str, id_type: str) -> dict[str, str] | None:

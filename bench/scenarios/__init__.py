@@ -22,7 +22,9 @@ SCENARIOS: tuple[Scenario, ...] = (
     ours_mapping.SCENARIO,
     kafka_streams.SCENARIO,
     quix.SCENARIO,
+    quix.DOCUMENTED,
     faust_stock.SCENARIO,
+    faust_stock.TUNED,
     passthrough.SCENARIO,
     ours_two_processes.SCENARIO,
 )
