@@ -18,6 +18,7 @@ from runtime import command_steps as steps
 from runtime import installation, output
 from runtime.command_steps import Assignments, Config, Embedded, Json
 from runtime.configuration import MissingFileError, SettingsError, SyntaxIssueError, show_path
+from runtime.desk_commands import audit_app, dlq_app, reviews_app, unknown_app
 from runtime.layers import suggest
 from runtime.service_commands import schemas_app, stack_app, topics_app
 from schemas.failure import ConfigurationError, ExitCode, OperatorError
@@ -40,7 +41,8 @@ config_app = typer.Typer(help="The configuration file.", no_args_is_help=True)
 mapping_app = typer.Typer(help="Mapping files.", no_args_is_help=True)
 for name, group in (
     ("topics", topics_app), ("schemas", schemas_app), ("stack", stack_app), ("config", config_app),
-    ("mapping", mapping_app),
+    ("mapping", mapping_app), ("dlq", dlq_app), ("unknown", unknown_app), ("reviews", reviews_app),
+    ("audit", audit_app),
 ):  # fmt: skip
     app.add_typer(group, name=name)
 

@@ -1,0 +1,164 @@
+"""A target's side of the desk: its ledger as people see it, and decisions as its deliverer reads them.
+
+Everything is read from `attempts.<target>`; the deliverer need not run. What the ledger says is what its deliverer last
+committed: an event that is IN_FLIGHT here may be answered already.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from schemas.events import Action, Decision
+from schemas.failure import FatalError
+from schemas.wire import Encoder
+from sinks.attempts import BEHIND_ENTITY, Entry, Ruling, State, decode_entry
+from topics import catalog
+from topics.reading import Record, read_to_end
+from topics.transaction import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from topics.cluster import KafkaSettings
+
+CLOCK_ERROR_SECONDS = 5.0
+"""As far as the clocks of the desk and the deliverer may differ: the deliverer refuses what is nearer to the limit."""
+
+
+class DecisionRefused(FatalError):
+    """A decision about an event at a target is not possible."""
+
+    code = "RS402"
+    meaning = "The event at the target is not in a state in which this can be decided."
+    default_remedy = "Look at it with `remitstream dlq show` or `remitstream unknown show`; nothing was changed."
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """An unfinished event at a target."""
+
+    target: str
+    event_id: str
+    partition: int
+    entry: Entry
+
+    @property
+    def is_refused(self) -> bool:
+        """Dead-lettered: the target surely does not have it."""
+        return self.entry.state == State.REJECTED
+
+    @property
+    def is_unknown(self) -> bool:
+        """A person must say whether the target has it."""
+        return self.entry.state == State.UNKNOWN
+
+    def check(self, action: Action) -> None:
+        """Raise ``DecisionRefused`` when the deliverer would refuse this decision now."""
+        entry = self.entry
+        if action in (Action.REDRIVE, Action.WAIVE):
+            if self.is_unknown:
+                raise DecisionRefused(
+                    "its outcome is unknown: the target may have it.",
+                    place=f"{self.target} {self.event_id}",
+                    remedy="Look it up at the target, then use `remitstream unknown decide`.",
+                )
+            if not self.is_refused:
+                raise DecisionRefused(f"it is {entry.state}, not refused.", place=f"{self.target} {self.event_id}")
+            return
+        if not self.is_unknown:
+            raise DecisionRefused(f"it is {entry.state}, not unknown.", place=f"{self.target} {self.event_id}")
+        wait = (entry.decidable_at - _now()) / 1000 + CLOCK_ERROR_SECONDS
+        if wait > 0:
+            raise DecisionRefused(
+                f"its last write may still land for {wait:.0f} s; what you saw at the target does not count yet.",
+                place=f"{self.target} {self.event_id}",
+                remedy="Wait that long, look at the target again, then decide.",
+            )
+
+
+class TargetBook:
+    """The unfinished events of one target instance (of some partitions, where given), read once."""
+
+    def __init__(self, kafka: KafkaSettings, target: str, partitions: Sequence[int] | None = None) -> None:
+        self.target = target
+        self._events: dict[str, Open] = {}
+        for item in read_to_end(kafka, catalog.name_attempts(target), partitions=partitions):
+            if not isinstance(item, Record):
+                continue
+            event_id = (item.key or b"").decode()
+            if item.value is None:
+                self._events.pop(event_id, None)
+                continue
+            try:
+                entry = decode_entry(item.value)
+            except msgspec.MsgspecError:
+                raise DecisionRefused(
+                    "the ledger cannot be read by this version.", place=f"{item.topic}[{item.partition}]@{item.offset}"
+                ) from None
+            if entry.state == State.DONE:
+                self._events.pop(event_id, None)
+            else:
+                self._events[event_id] = Open(target, event_id, item.partition, entry)
+
+    def find(self, event_id: str) -> Open | None:
+        """An unfinished event; None when it is finished here, or was never admitted."""
+        return self._events.get(event_id)
+
+    def list_unknown(self) -> list[Open]:
+        """Events whose outcome a person must find out, oldest first."""
+        return sorted((known for known in self._events.values() if known.is_unknown), key=lambda k: k.entry.since)
+
+    def count_behind(self, found: Open) -> int:
+        """Later events of the same entity that wait behind it."""
+        return sum(
+            known.entry.entity == found.entry.entity and known.entry.code == BEHIND_ENTITY
+            for known in self._events.values()
+        )
+
+
+def describe_ruling(found: Open | None, decision_id: str) -> str:
+    """What came of a decision, as the ledger tells: ``taken``, ``waiting``, or why it was refused."""
+    if found is None:
+        return "taken"
+    if found.entry.decision != decision_id:
+        return "waiting"
+    return "taken" if found.entry.ruling == Ruling.APPLIED else f"refused: {found.entry.ruling}"
+
+
+def build_decision(
+    found: Open,
+    action: Action,
+    decision_id: str,
+    schema_id: int,
+    *,
+    reference: str = "",
+    value: bytes | None = None,
+) -> Output:
+    """The record for `decisions.<target>`, in the partition whose owner has the event. ``schema_id`` is the topic's."""
+    decision = Decision(
+        decision_id=decision_id,
+        target=found.target,
+        event_id=found.event_id,
+        topic=found.entry.topic,
+        offset=found.entry.offset,
+        attempt=found.entry.number,
+        round=found.entry.round,
+        action=action.value,
+        reference=reference,
+        value=value,
+        decided_at=_now(),
+    )
+    return Output(
+        catalog.name_decisions(found.target),
+        found.event_id.encode(),
+        Encoder("decision", schema_id).encode(decision),
+        partition=found.partition,
+    )
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
