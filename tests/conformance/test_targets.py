@@ -312,18 +312,22 @@ def test_neither_repr_nor_log_nor_failure_shows_a_patient(name, caplog):
     case = first_case(name)
     event = {**case["event"], "object_id": "Zebra-Planted-Text-" * 10, "visit": {
         "authority": "NORTH", "id_type": "VN", "value": "PLANTEDVISIT"}}  # fmt: skip
+    path = FIXTURES / name / "planted.json"
+    given = json.loads(path.read_text("utf-8")) if path.exists() else {"mrn": "PLANTEDMRN"}
     planted = {**case, "event": event, "context": {**case["context"], "mrn": {
-        "authority": "NORTH", "id_type": "MR", "value": "PLANTEDMRN"}}}  # fmt: skip
+        "authority": "NORTH", "id_type": "MR", "value": given["mrn"]}}}  # fmt: skip
     seen = repr(build_context(planted))
     try:
         request, settings = freeze(name, planted)
     except Failure as failure:
         seen += repr(failure) + str(failure)
         request, settings = freeze(name, {**planted, "event": {**event, "object_id": "x"}})
-    seen += repr(request) + repr(judge(name, b"PLANTEDMRN|PLANTEDVISIT", request, settings)) + caplog.text
-    assert ("PLANTED" in request.body.decode()) == TARGETS[name].accepts_phi
-    assert "PLANTED" not in request.url
-    assert "PLANTED" not in seen
+    answer = f"{given['mrn']}|PLANTEDVISIT".encode()
+    seen += repr(request) + repr(judge(name, answer, request, settings)) + caplog.text
+    patient = re.compile(f"{given['mrn']}|PLANTED")
+    assert bool(patient.search(request.body.decode() + request.url)) == TARGETS[name].accepts_phi
+    assert bool(patient.search(request.url)) == bool(given.get("in_url"))
+    assert not patient.search(seen)
     assert "Planted" not in seen
 
 
