@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-from schemas.events import Action, Decision, MoneyEvent, Outcome
-from schemas.failure import Failure, OperatorError
+from schemas.events import Action, Decision, Outcome
+from schemas.failure import Failure, OperatorError, TemporaryError
 from schemas.wire import Decoder
 from sinks.attempts import Ruling, Source
 from telemetry.log import get_log
@@ -19,11 +19,13 @@ from topics.catalog import name_decisions
 from topics.reading import Record, TopicReader
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from sinks.attempts import Attempt
+    from sinks.intake import Intake
     from sinks.ledger import Ledger
     from sinks.policy import Moment
+    from sinks.shards import Shard
     from topics.cluster import KafkaSettings
     from topics.group import Partition
 
@@ -83,29 +85,18 @@ class DecisionFeed:
 
 
 class Decisions:
-    """Acts on decisions between two transactions of a runner; what it changes is in the next transaction.
+    """Acts on decisions between two transactions of a runner; what it changes is in the next transaction."""
 
-    ``decode`` and ``route`` are the runner's: an event and whether it is posted here, or why neither can be said.
-    """
-
-    def __init__(
-        self,
-        feed: Feed,
-        target: str,
-        *,
-        decode: Callable[[bytes], Awaitable[tuple[MoneyEvent | None, Failure | None]]],
-        route: Callable[[MoneyEvent], tuple[bool, Failure | None]],
-    ) -> None:
+    def __init__(self, feed: Feed, target: str) -> None:
         self._feed = feed
-        self._decode = decode
-        self._route = route
         self._log = get_log("deliverer", target=target)
         self._open: list[Decision] = []
         self._looked_at = float("-inf")
         self._complained_at = float("-inf")
 
-    async def act(self, ledgers: Mapping[Partition, Ledger], moment: Moment) -> None:
+    async def act(self, shards: Iterable[Shard], intake: Intake, moment: Moment) -> None:
         """Look for new decisions now and then, and act on those whose time has come."""
+        ledgers = {(shard.topic, shard.partition): shard.ledger for shard in shards}
         if ledgers and moment.steady - self._looked_at >= LOOK_INTERVAL:
             self._looked_at = moment.steady
             try:
@@ -114,23 +105,23 @@ class Decisions:
                 if moment.steady - self._complained_at >= _COMPLAINT_INTERVAL:
                     self._complained_at = moment.steady
                     self._log.warning("decisions_unreachable", code=error.code, place=error.place)
-        self._open = [decision for decision in self._open if not await self._take(decision, ledgers, moment)]
+        self._open = [decision for decision in self._open if not self._take(decision, ledgers, intake, moment)]
 
     def close(self) -> None:
         """Give up the connection."""
         self._feed.close()
 
-    async def _take(self, decision: Decision, ledgers: Mapping[Partition, Ledger], moment: Moment) -> bool:
+    def _take(self, decision: Decision, ledgers: Mapping[Partition, Ledger], intake: Intake, moment: Moment) -> bool:
         """Whether the decision is dealt with."""
         for ledger in ledgers.values():
             attempt = ledger.find_decided(decision)
             if attempt is None:
                 continue
             ruling = ledger.rule(attempt, decision, moment)
+            if ruling is Ruling.APPLIED:
+                ruling = self._apply(ledger, attempt, decision, intake, moment)
             if ruling is Ruling.WAIT:
                 return False
-            if ruling is Ruling.APPLIED:
-                ruling = await self._apply(ledger, attempt, decision, moment)
             if ruling is not Ruling.APPLIED:
                 ledger.refuse_decision(attempt, decision, ruling)
             self._log.info(
@@ -144,7 +135,7 @@ class Decisions:
         # About an event that is finished, or an attempt that is over.
         return True
 
-    async def _apply(self, ledger: Ledger, attempt: Attempt, decision: Decision, moment: Moment) -> Ruling:
+    def _apply(self, ledger: Ledger, attempt: Attempt, decision: Decision, intake: Intake, moment: Moment) -> Ruling:
         match decision.action:
             case Action.WAIVE:
                 ledger.end_by_person(attempt, decision, Outcome.WAIVED)
@@ -153,19 +144,24 @@ class Decisions:
             case Action.NOT_POSTED:
                 ledger.send_again(attempt, decision, moment)
             case _:
-                return await self._redrive(ledger, attempt, decision, moment)
+                try:
+                    return self._redrive(ledger, attempt, decision, intake, moment)
+                except TemporaryError:
+                    # A writer's schema we have not met, and the registry is down: nothing was changed.
+                    return Ruling.WAIT
         return Ruling.APPLIED
 
-    async def _redrive(self, ledger: Ledger, attempt: Attempt, decision: Decision, moment: Moment) -> Ruling:
+    @staticmethod
+    def _redrive(ledger: Ledger, attempt: Attempt, decision: Decision, intake: Intake, moment: Moment) -> Ruling:
         source = attempt.source
         if decision.value is not None:
             source = Source(source.key, decision.value, source.headers)
-        event, failure = await self._decode(source.value)
+        event, failure = intake.decode(source.value)
         if decision.value is not None and (event is None or event.event_id != attempt.event_id):
             return Ruling.EDIT_UNUSABLE
         routed = False
         if event is not None:
-            routed, failure = self._route(event)
+            routed, failure = intake.route(event)
             if not routed and failure is None:
                 attempt.event = event
                 ledger.end_by_person(attempt, decision, Outcome.NOT_ROUTED)

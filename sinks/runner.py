@@ -24,6 +24,7 @@ from schemas.wire import load_schema
 from sinks.attempts import WITHDRAWN, Failed, Flush, State
 from sinks.calls import Call, Calls, Result
 from sinks.contract import Answer, TargetClass
+from sinks.decisions import DecisionFeed, Decisions
 from sinks.gate import Gate
 from sinks.intake import Intake, Patients
 from sinks.policy import Moment, Policy, Step
@@ -173,6 +174,7 @@ class Runner:
             report=self._report_load,
             keeps_records=True,
         )
+        self._decisions = Decisions(DecisionFeed(kafka, self.name, registry.find_schema), self.name)
         self._codecs: Codecs | None = None
         self._intake: Intake | None = None
         self._committed_calls: list[Call] = []
@@ -286,6 +288,8 @@ class Runner:
         moment = self._clock.now()
         await self._follow_assignment(frontiers, moment)
         self._settle(moment)
+        if self._intake is not None:
+            await self._decisions.act(self._shards, self._intake, moment)
         if number == polled.number:
             await self._admit(polled.records, moment)
         if not self._draining:
@@ -566,6 +570,7 @@ class Runner:
 
     async def _close(self) -> None:
         await self._calls.close()
+        await asyncio.to_thread(self._decisions.close)
         await self._consumer.close()
 
     # Called by the group, on a loader thread.

@@ -172,6 +172,20 @@ class Group:
         pass
 
 
+class Feed:
+    """Decisions of people, given to the runner once."""
+
+    def __init__(self, decided):
+        self.decided = decided
+
+    def read(self, partitions):
+        found, self.decided[:] = list(self.decided), []
+        return found
+
+    def close(self):
+        pass
+
+
 class Receiver:
     """An MLLP receiver: counts what it was sent, answers as told."""
 
@@ -229,6 +243,8 @@ class World:
         Group.broker = self.broker
         monkeypatch.setattr(module, "GroupConsumer", Group)
         monkeypatch.setattr(shards, "read_to_end", lambda *_args, **_options: [])
+        self.decided = []
+        monkeypatch.setattr(module, "DecisionFeed", lambda *_args: Feed(self.decided))
         self.target = load("epic_dft")
 
     def build(self, *, target=None, dedupe=False, transport=None, limits=None, deadline=0.3, connections=2):
