@@ -341,6 +341,8 @@ class Consumer:
         self.callbacks = None
         self.generation = None
         self.owned = False
+        self.is_deaf = False
+        """It does not learn of rebalances."""
 
     # Readers.
 
@@ -357,7 +359,7 @@ class Consumer:
     def poll(self, timeout=0):
         until = time.monotonic() + min(timeout, 0.02)
         while True:
-            if self.callbacks is not None:
+            if self.callbacks is not None and not self.is_deaf:
                 self._notice()
             message = self._fetch()
             if message is not None or time.monotonic() >= until:
