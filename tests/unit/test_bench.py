@@ -1,5 +1,6 @@
 """The bench's own judgement: a wrong output must not get a number, and the arithmetic of the table is right."""
 
+import argparse
 import importlib.util
 import io
 import json
@@ -8,12 +9,19 @@ import struct
 from pathlib import Path
 
 import fastavro
+import msgspec
 import pytest
 
+from bench.codecs import list_decoders, list_writers
 from bench.meter import Mark, build_ratios, compare_marks, compare_threads, find_percentile
 from bench.outputs import SCHEMA, Checker, WrongOutput, parse_schema
+from bench.plan import GUESSED_RATES, estimate_minutes
 from bench.profiler import sum_up, write_summary
+from bench.programs.local_store import Runs
+from bench.scenarios import SCENARIOS
+from bench.trend import average_blocks, fit_slope
 from bench.webhooks import Traffic, expect_event, expect_headers, read_number
+from schemas.events import MoneyEvent
 
 PROGRAMS = Path(__file__).parents[2] / "bench" / "programs"
 COUNT = 20
@@ -201,3 +209,64 @@ def test_a_profile_is_given_in_microseconds_an_event():
     assert "== MainThread: 20.0 us an event" in summary
     assert "   20.00  main (a.py)" in summary
     assert "   24.50  python 0" in summary
+
+
+def test_a_slope_is_that_of_the_line_and_its_interval_holds_it():
+    exact = fit_slope([(0.0, 10.0), (1.0, 12.0), (2.0, 14.0), (3.0, 16.0)])
+    assert (exact.value, exact.low, exact.high) == pytest.approx((2.0, 2.0, 2.0))
+    # By hand: mean 1, residuals 1/6 -1/3 1/6, 12.7062 * sqrt((1/6) / 2) to each side.
+    rough = fit_slope([(0.0, 1.0), (1.0, 1.0), (2.0, 2.0)])
+    assert rough.value == pytest.approx(0.5)
+    assert (rough.low, rough.high) == pytest.approx((0.5 - 3.66796, 0.5 + 3.66796), rel=1e-4)
+    with pytest.raises(ValueError, match="three points"):
+        fit_slope([(0.0, 1.0), (1.0, 1.0)])
+    with pytest.raises(ValueError, match="one time"):
+        fit_slope([(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)])
+
+
+def test_the_quantile_of_a_slope_is_that_of_students_t():
+    # Slope 0 with residuals of one size: the reach divided by its standard error is the quantile. Tables give these.
+    for count, quantile in ((4, 4.3027), (6, 2.7764), (12, 2.2281), (32, 2.0423)):
+        points = [(float(number), (-1.0) ** (number + number // 2)) for number in range(count)]
+        slope = fit_slope(points)
+        mean = sum(value for _, value in points) / count
+        middle = (count - 1) / 2
+        spread = sum((at - middle) ** 2 for at, _ in points)
+        errors = sum((value - mean - slope.value * (at - middle)) ** 2 for at, value in points)
+        assert (slope.high - slope.value) / (errors / (count - 2) / spread) ** 0.5 == pytest.approx(quantile, rel=0.01)
+
+
+def test_blocks_are_means_of_time_and_value():
+    points = [(0.0, 1.0), (5.0, 3.0), (31.0, 10.0), (59.0, 20.0)]
+    assert average_blocks(points, 30.0) == [(2.5, 2.0), (45.0, 15.0)]
+
+
+def test_sorted_runs_keep_the_latest_entry_of_a_key(tmp_path):
+    runs = Runs(str(tmp_path / "store"))
+    runs.add([(b"b", b"1"), (b"a", b"1"), (b"b", b"2")])
+    runs.add([(b"c", b"1"), (b"a", b"2")])
+    runs.add([(b"b", b"3")])
+    assert list(runs.merge()) == [(b"a", b"2"), (b"b", b"3"), (b"c", b"1")]
+
+
+def test_the_codecs_that_are_compared_agree():
+    fact = TRAFFIC.draw(0)
+    body = TRAFFIC.write_body(fact)
+    assert len(list_decoders(body)) == 7
+    plain = expect_event(fact, hop="topic:0:0", mapping_version="stripe/1/x", enriched=True)
+    event = msgspec.convert(plain, MoneyEvent)
+    assert len(list_writers(event, plain)) == 5
+    with pytest.raises(AssertionError):
+        list_writers(event, plain | {"root": "another"})
+
+
+def test_the_plan_grows_with_the_events_and_believes_the_last_run():
+    options = argparse.Namespace(
+        only=["full", "faust"], events=1_000_000, faust_events=20_000, latency_seconds=0, no_scaling=True, profile=False
+    )
+    first = estimate_minutes(options, {})
+    fast = {"results": {"full": {"whole_run": {"events_per_second": 1e9}}}}
+    assert estimate_minutes(options, fast) == pytest.approx(first - 1_000_000 / GUESSED_RATES["full"] / 60, rel=0.001)
+    options.events = 2_000_000
+    assert estimate_minutes(options, {}) > first * 1.5
+    assert set(GUESSED_RATES) == {scenario.name for scenario in SCENARIOS}
