@@ -2,7 +2,7 @@
 
 SHELL = /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench reset
+.PHONY: help setup run test check bench soak reset
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -64,8 +64,11 @@ check: $(STAMP) ## Check format, lint, types, import rules and generated documen
 	@.venv/bin/lint-imports
 	@.venv/bin/remitstream tables --check
 
-bench: $(STAMP) ## Measure the worker beside other stream libraries, about 15 minutes on a quiet machine (ARGS=...)
+bench: $(STAMP) ## Measure the worker beside other stream libraries; says first how many minutes it takes (ARGS=...)
 	@$(PY) -m bench $(ARGS)
+
+soak: $(STAMP) ## Does the worker's memory stay flat: 20 minutes at a steady rate, then every event is checked (ARGS=...)
+	@$(PY) -m bench.soak $(ARGS)
 
 reset: ## Stop the embedded stack and remove all data of it (the download cache stays)
 	@if [ -x $(PY) ] && [ -d .remitstream/stack ]; then \
