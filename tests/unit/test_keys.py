@@ -31,6 +31,27 @@ def test_an_identifier_hash_written_out_in_full():
     assert KEY.hash_identifier(Reference("NORTH", "MR", "1")) == expected
 
 
+LONG = st.one_of(
+    st.text(max_size=12), st.sampled_from(["", "a" * 127, "a" * 128, "é" * 64, "é" * 200, "x" * 5000, "\0"])
+)
+
+
+@given(secret=st.binary(min_size=16, max_size=200), parts=st.lists(LONG, max_size=7), received=st.binary(max_size=200))
+def test_every_hash_is_plain_hmac_sha256(secret, parts, received):
+    """The oracle is the standard library's ``hmac``; all that was ever hashed must be found again."""
+
+    def frame(*texts):
+        return b"".join(len(text.encode()).to_bytes(4, "big") + text.encode() for text in texts)
+
+    key = HmacKey(secret)
+    for _ in range(2):  # the first hash must not leave anything behind for the second
+        assert key.hash_facts(*parts) == hmac.digest(secret, frame("facts", *parts), "sha256")[:16]
+        three = ["", *parts, "", "b", "c"][:3]
+        wanted = hmac.digest(secret, frame("identifier", *three), "sha256").hex()[:32]
+        assert key.hash_identifier(Reference(*three)) == wanted
+        assert key.hash_bytes(received) == hmac.digest(secret, b"bytes\x00" + received, "sha256").hex()
+
+
 def test_received_bytes_are_keyed():
     assert KEY.hash_bytes(b"body") == hmac.new(SECRET, b"bytes\x00body", hashlib.sha256).hexdigest()
     assert KEY.hash_bytes(b"body") != hashlib.sha256(b"body").hexdigest()
