@@ -55,8 +55,9 @@ class Worker:
             async for batch in batches:
                 try:
                     try:
-                        decision = batch.verdict or await decider.decide(batch.rooms, batch.records, batch.refused)
-                        await batch.commit(decision)
+                        await batch.commit(
+                            batch.verdict or await decider.decide(batch.rooms, batch.records, batch.refused)
+                        )
                     except TemporaryError as error:
                         await batch.hold(error)
                 except Exception as error:  # noqa: BLE001 - Faust would acknowledge the batch and go on

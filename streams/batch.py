@@ -71,6 +71,8 @@ class Batch:
             self.feeder.refuse(self, refusal.cause)
         else:
             self.feeder.succeed(self, decision)
+            # Faust keeps the batch until the next one; its records need not stay that long.
+            self.records = []
             done = True
         # Not after any other error: the worker ends, and no later batch may be handed out.
         self.ended.set()
