@@ -21,7 +21,6 @@ Quirks:
 
 from __future__ import annotations
 
-import hashlib
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -47,13 +46,13 @@ from sinks.contract import (
     Verdict,
     make_recipe,
 )
+from sinks.references import derive
 from sinks.transport import ClientCredentialsSettings
 
 _MAPPING = Path(__file__).parent.parent / "mappings" / "athenahealth.yaml"
 _PLACE = re.compile(r"[a-z][a-z0-9]{1,40}\Z")
 _OWN: Final = frozenset({"patientid", "practiceid", "otheramount", "copayamount"})
 """Members that the connector fills: the patient and the amount."""
-_BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # no I, L, O, U: read aloud on the phone without mistakes
 _OTHERS: Final = frozenset({Kind.REFUND, Kind.REFUND_REVERSAL, Kind.CHARGEBACK, Kind.CHARGEBACK_REVERSAL})
 _ID = re.compile(r"[0-9]{1,20}\Z")
 _LAST4 = re.compile(r"[0-9]{4}\Z")
@@ -158,8 +157,8 @@ def freeze(event: MoneyEvent, context: PostingContext, settings: AthenaSettings)
     seed = f"athena|{settings.practice}|{event.event_id}"
     return Request(
         urlencode(form).encode(),
-        _derive(f"key|{seed}", 40),
-        _derive(f"reference|{seed}", 16),
+        derive(f"key|{seed}", 40),
+        derive(f"reference|{seed}", 16),
         "POST",
         f"{settings.choose_base(_HTTP)}/v1/{settings.practice}/patients/{context.mrn.value}/recordpayment",
         (("accept", "application/json"), ("content-type", "application/x-www-form-urlencoded")),
@@ -203,12 +202,6 @@ def _read_appointment(event: MoneyEvent, settings: AthenaSettings) -> str:
 @lru_cache(maxsize=64)
 def _load_mapping(overlay: Path | None) -> FieldMapping:
     return FieldMapping.load(_MAPPING, overlay, accepts_phi=TARGET.accepts_phi)
-
-
-def _derive(text: str, length: int) -> str:
-    """``length`` characters, 5 bits each, of the text's sha256."""
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
-    return "".join(_BASE32[number >> (5 * place) & 31] for place in range(length))
 
 
 def use_token(settings: AthenaSettings, token_url: str) -> TokenRecipe:

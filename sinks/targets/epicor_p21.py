@@ -22,7 +22,6 @@ Quirks:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from datetime import UTC, datetime
@@ -56,13 +55,13 @@ from sinks.contract import (
     Verdict,
     read_grant,
 )
+from sinks.references import derive
 from sinks.transport import HttpSettings
 
 _MAPPING = Path(__file__).parent.parent / "mappings" / "epicor_p21.yaml"
 _WORD = r"^[A-Za-z][A-Za-z0-9_.]{0,99}$"
 _OWN: Final = frozenset({"amount", "reference"})
 """Fields that the connector fills: the amount and what tells postings apart."""
-_BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # no I, L, O, U: read aloud on the phone without mistakes
 _OTHERS: Final = frozenset({Kind.REFUND_REVERSAL, Kind.CHARGEBACK, Kind.CHARGEBACK_REVERSAL})
 _DECLINED: Final = frozenset({"declined", "failed"})
 _SESSION: Final = ("Unexpected response window", "Object reference not set")
@@ -213,7 +212,7 @@ def freeze(event: MoneyEvent, context: PostingContext, settings: EpicorSettings)
     if money.currency != settings.currency:
         raise Failure(FailureKind.UNMAPPED, "CURRENCY_FOREIGN", "money.currency")
     seed = f"p21|{settings.host}|{settings.company}|{event.kind}|{event.event_id}"
-    reference = _derive(f"reference|{seed}", 16)
+    reference = derive(f"reference|{seed}", 16)
     day = datetime.fromtimestamp(event.occurred_at / 1000, UTC).astimezone(ZoneInfo(context.facility.time_zone))
     names = [event.attributes[name] for name in settings.name_attributes if event.attributes.get(name)]
     view = build_view(
@@ -245,7 +244,7 @@ def freeze(event: MoneyEvent, context: PostingContext, settings: EpicorSettings)
     }
     return Request(
         msgspec.json.encode(document),
-        _derive(f"key|{seed}", 40),
+        derive(f"key|{seed}", 40),
         reference,
         "POST",
         f"{settings.choose_base(_HTTP)}{settings.ui_path}/api/v2/transaction",
@@ -361,12 +360,6 @@ def _read_count(given: Any) -> int:
 @lru_cache(maxsize=64)
 def _load_mapping(overlay: Path | None) -> FieldMapping:
     return FieldMapping.load(_MAPPING, overlay, accepts_phi=TARGET.accepts_phi)
-
-
-def _derive(text: str, length: int) -> str:
-    """``length`` characters, 5 bits each, of the text's sha256."""
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
-    return "".join(_BASE32[number >> (5 * place) & 31] for place in range(length))
 
 
 def use_token(settings: EpicorSettings, token_url: str) -> TokenRecipe:

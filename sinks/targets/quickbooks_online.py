@@ -18,7 +18,6 @@ Quirks:
 
 from __future__ import annotations
 
-import hashlib
 import re
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -45,6 +44,7 @@ from sinks.contract import (
     TargetClass,
     Verdict,
 )
+from sinks.references import derive
 from sinks.transport import RefreshTokenSettings, use_refresh_token
 
 _MAPPING = Path(__file__).parent.parent / "mappings" / "quickbooks_online.yaml"
@@ -53,7 +53,6 @@ _OWN: Final = frozenset(
     {"Id", "SyncToken", "TotalAmt", "Line", "DepositToAccountRef", "PaymentRefNum", "DocNumber", "CurrencyRef"}
 )
 """Members that the connector fills: the amount and what tells postings apart."""
-_BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # no I, L, O, U: read aloud on the phone without mistakes
 _ENTITIES: Final = {Kind.CAPTURE: "payment", Kind.REFUND: "refundreceipt"}
 _MEMBERS: Final = {"payment": "Payment", "refundreceipt": "RefundReceipt"}
 _OTHERS: Final = frozenset({Kind.REFUND_REVERSAL, Kind.CHARGEBACK, Kind.CHARGEBACK_REVERSAL})
@@ -149,7 +148,7 @@ def freeze(event: MoneyEvent, context: PostingContext, settings: QuickBooksSetti
     if money.currency != settings.home_currency and not settings.multicurrency:
         raise Failure(FailureKind.UNMAPPED, "CURRENCY_FOREIGN", "money.currency")
     seed = f"quickbooks|{settings.realm}|{entity}|{event.event_id}"
-    request_id, reference = _derive(f"requestid|{seed}", 40), _derive(f"reference|{seed}", 16)
+    request_id, reference = derive(f"requestid|{seed}", 40), derive(f"reference|{seed}", 16)
     zone = ZoneInfo(context.facility.time_zone)
     day = datetime.fromtimestamp(event.occurred_at / 1000, UTC).astimezone(zone)
     view = build_view(
@@ -228,12 +227,6 @@ def _arrange(mapped: dict[str, Any]) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _load_mapping(overlay: Path | None) -> FieldMapping:
     return FieldMapping.load(_MAPPING, overlay, accepts_phi=TARGET.accepts_phi)
-
-
-def _derive(text: str, length: int) -> str:
-    """``length`` characters, 5 bits each, of the text's sha256."""
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
-    return "".join(_BASE32[number >> (5 * place) & 31] for place in range(length))
 
 
 _HTTP = HttpHead(

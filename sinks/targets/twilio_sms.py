@@ -22,7 +22,6 @@ Quirks:
 
 from __future__ import annotations
 
-import hashlib
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -50,12 +49,12 @@ from sinks.contract import (
     Unclear,
     Verdict,
 )
+from sinks.references import derive
 from sinks.transport import BasicSettings, use_user
 
 _MAPPING = Path(__file__).parent.parent / "mappings" / "twilio_sms.yaml"
 _NUMBER = re.compile(r"\+[1-9][0-9]{6,14}\Z")
 _SID = re.compile(r"(SM|MM)[0-9a-fA-F]{32}\Z")
-_BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # no I, L, O, U: read aloud on the phone without mistakes
 _LONGEST_TEXT: Final = 1600
 _PAGE: Final = 200
 _FAILED: Final = frozenset({"failed", "undelivered", "canceled"})
@@ -126,7 +125,7 @@ def freeze(event: MoneyEvent, _context: PostingContext, settings: TwilioSettings
     if not _NUMBER.match(number):
         raise Failure(FailureKind.INVALID, "PHONE_INVALID", settings.phone_attribute)
     seed = f"twilio|{settings.account_sid}|{event.event_id}"
-    key, reference = _derive(f"key|{seed}", 40), _derive(f"reference|{seed}", 10)
+    key, reference = derive(f"key|{seed}", 40), derive(f"reference|{seed}", 10)
     view = build_view(
         event,
         posting={
@@ -223,12 +222,6 @@ def _mark(reference: str) -> str:
 @lru_cache(maxsize=64)
 def _load_mapping(overlay: Path | None) -> FieldMapping:
     return FieldMapping.load(_MAPPING, overlay, accepts_phi=TARGET.accepts_phi)
-
-
-def _derive(text: str, length: int) -> str:
-    """``length`` characters, 5 bits each, of the text's sha256."""
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
-    return "".join(_BASE32[number >> (5 * place) & 31] for place in range(length))
 
 
 _HTTP = HttpHead(

@@ -24,7 +24,6 @@ Quirks:
 
 from __future__ import annotations
 
-import hashlib
 import re
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -59,6 +58,7 @@ from sinks.contract import (
     Verdict,
     make_recipe,
 )
+from sinks.references import derive
 from sinks.transport import RefreshTokenSettings
 
 _MAPPING = Path(__file__).parent.parent / "mappings" / "zoho_books.yaml"
@@ -67,7 +67,6 @@ _OWN: Final = frozenset(
     {"amount", "reference_number", "invoices", "custom_fields", "account_id", "from_account_id", "exchange_rate"}
 )
 """Members that the connector fills: the amount and what tells postings apart."""
-_BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # no I, L, O, U: read aloud on the phone without mistakes
 _ROOT_LENGTH: Final = 12
 _OTHERS: Final = frozenset({Kind.REFUND_REVERSAL, Kind.CHARGEBACK, Kind.CHARGEBACK_REVERSAL})
 _ID = re.compile(r"[0-9]{1,40}\Z")
@@ -180,9 +179,9 @@ def freeze(event: MoneyEvent, context: PostingContext, settings: ZohoSettings) -
     if money.currency != settings.currency:
         raise Failure(FailureKind.UNMAPPED, "CURRENCY_FOREIGN", "money.currency")
     seed = f"zoho|{settings.organization}"
-    key = _derive(f"key|{seed}|{event.kind}|{event.event_id}", 40)
-    root = _derive(f"root|{seed}|{event.source}|{event.account}|{event.root}", _ROOT_LENGTH)
-    reference = f"{root}-{_derive(f'reference|{seed}|{event.kind}|{event.event_id}', 12)}"
+    key = derive(f"key|{seed}|{event.kind}|{event.event_id}", 40)
+    root = derive(f"root|{seed}|{event.source}|{event.account}|{event.root}", _ROOT_LENGTH)
+    reference = f"{root}-{derive(f'reference|{seed}|{event.kind}|{event.event_id}', 12)}"
     day = datetime.fromtimestamp(event.occurred_at / 1000, UTC).astimezone(ZoneInfo(context.facility.time_zone))
     view = build_view(
         event,
@@ -386,12 +385,6 @@ def _pick_members(mapped: dict[str, Any], wanted: str) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _load_mapping(overlay: Path | None) -> FieldMapping:
     return FieldMapping.load(_MAPPING, overlay, accepts_phi=TARGET.accepts_phi)
-
-
-def _derive(text: str, length: int) -> str:
-    """``length`` characters, 5 bits each, of the text's sha256."""
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
-    return "".join(_BASE32[number >> (5 * place) & 31] for place in range(length))
 
 
 def use_token(settings: ZohoSettings, token_url: str) -> TokenRecipe:
