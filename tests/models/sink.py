@@ -17,7 +17,7 @@ import fastavro
 
 from identity.resolution import Known
 from schemas import wire
-from schemas.events import MoneyEvent, Reference
+from schemas.events import Decision, MoneyEvent, Reference
 from schemas.failure import Failure, FailureKind
 from schemas.keys import build_event_id
 from schemas.money import Money
@@ -47,13 +47,13 @@ X0, Y0, X1 = ("x0", "x", "capture"), ("y0", "y", "capture"), ("x1", "x", "refund
 
 
 class Registry:
-    """Schema id 1 is the outcome, 2 the event."""
+    """Schema id 1 is the outcome, 2 the event, 3 a person's decision."""
 
     def find_id(self, subject, schema):
         return 1
 
     def find_schema(self, number):
-        return wire.load_schema({1: "delivery_outcome", 2: "money_event"}[number])
+        return wire.load_schema({1: "delivery_outcome", 2: "money_event", 3: "decision"}[number])
 
 
 class Patients:
@@ -226,6 +226,20 @@ class Story:
         )
         value = wire.Encoder("money_event", 2).encode(event)
         self.kafka.append(catalog.PAYMENTS, root.encode(), value, [("event_id", event.event_id.encode())])
+
+    def decide(self, event_id, **about):
+        """A person's decision, made now, in its topic."""
+        decision = Decision(
+            decision_id=str(self.wall),
+            target="t",
+            event_id=event_id,
+            topic=catalog.PAYMENTS,
+            reference="",
+            decided_at=self.wall,
+            **about,
+        )
+        value = wire.Encoder("decision", 3).encode(decision)
+        self.kafka.append("decisions.t", event_id.encode(), value)
 
     # Processes.
 
