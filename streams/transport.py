@@ -25,7 +25,6 @@ from schemas.events import Fate
 from schemas.failure import Failure, FailureKind, FatalError, OperatorError, TemporaryError
 from streams.batch import Batch
 from streams.decide import Decision, Room
-from streams.garbage import Garbage
 from streams.slot import name_folder
 from streams.state import LINEAGE, SEEN, WAITING, PartitionState, StateUnusable
 from streams.suspects import EXITS, Suspects
@@ -85,7 +84,6 @@ class Feeder:
         self._crowded: frozenset[tuple[str, int]] = frozenset()
         self._refused: frozenset[str] = frozenset()
         self._failures = 0
-        self._garbage = Garbage()
         self._pending: list[Batch] = []
         self._last_idle = 0.0
         self._measured_at = 0.0
@@ -123,7 +121,6 @@ class Feeder:
     async def next_batch(self) -> Batch | None:
         """The next batch; None when there is nothing to do. Polls at most 0.1 s, once per batch of every raw topic."""
         if not self._pending:
-            self._garbage.collect()
             await self._limit_intake()
             self._measure_waiting()
             limit = 1 if self._is_suspicious() else self._limit
