@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import itertools
 import json
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
 from runtime.stack import EmbeddedStack
 from tests.faults import plan as plans
+from tests.faults.fleet import find_ports
 from tests.faults.report import build_result, render
 from tests.faults.run import run_plan
 from tests.integration.conftest import CACHE, ROOT
+
+
+PORTS = ("kafka", "controller", "registry", "redis")
 
 
 def main():
@@ -40,10 +46,11 @@ def main():
     folder = home / "site"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    stack = EmbeddedStack(home / "stack", CACHE)
+    # Ports of its own: another stack on this machine must not take one while a part of this one is down.
+    stack = EmbeddedStack(home / "stack", CACHE, ports=dict(zip(PORTS, itertools.count(find_ports(len(PORTS))))))
     try:
         stack.reset()
-        verdict, fault_run = run_plan(folder, stack, plan)
+        verdict, fault_run = run_plan(folder, stack, plan, on_start=_listen)
     finally:
         if chosen.keep:
             stack.down()
@@ -57,6 +64,11 @@ def main():
         (target / "faults.md").write_text(render(result), "utf-8")
     sys.stdout.write("\n" + render(result))
     return 1 if result["violations"] else 0
+
+
+def _listen(fault_run):
+    """Ctrl-C ends the faults, not the verdict."""
+    signal.signal(signal.SIGINT, lambda *_: fault_run.stopped.set())
 
 
 if __name__ == "__main__":

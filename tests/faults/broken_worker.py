@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 import confluent_kafka
 
 from runtime import cli
-from streams import decide
+from streams import batch, decide
 from streams.state import SeenEntry
 from topics import frontier, group, reading, transaction
 
@@ -31,10 +32,11 @@ def commit_offsets_first():
     """Frontier and offsets in a transaction of their own, before that of the outputs."""
     shipped = transaction.Transactor.commit
 
-    def commit(self, outputs, offsets, group_metadata):
+    def commit(self, outputs, offsets, group_metadata, changelogs=()):
         frontiers = [output for output in outputs if output.topic == "frontiers"]
         shipped(self, frontiers, offsets, group_metadata)
-        shipped(self, [output for output in outputs if output.topic != "frontiers"], offsets, group_metadata)
+        others = [output for output in outputs if output.topic != "frontiers"]
+        shipped(self, others, offsets, group_metadata, changelogs)
 
     transaction.Transactor.commit = commit
 
@@ -43,10 +45,9 @@ def change_store_before_commit():
     """The local store is changed, then the transaction is begun."""
     shipped = group.GroupConsumer.commit
 
-    async def commit(self, number, outputs, positions, *, committed=lambda: None):
-        if outputs:
-            await self.call(committed)
-        await shipped(self, number, outputs, positions)
+    async def commit(self, number, outputs, positions, *, committed, **more):
+        await self.call(committed)
+        await shipped(self, number, outputs, positions, **more)
 
     group.GroupConsumer.commit = commit
 
@@ -55,23 +56,15 @@ def write_seen_outside():
     """The changelog of seen keys is written by a producer without transactions, before the transaction."""
     shipped = transaction.Transactor.commit
 
-    def commit(self, outputs, offsets, group_metadata):
-        apart = [output for output in outputs if output.topic.startswith("seen.")]
+    def commit(self, outputs, offsets, group_metadata, changelogs=()):
         plain = confluent_kafka.Producer({"bootstrap.servers": self._bootstrap, "enable.idempotence": True})
-
-        def build_note(output):
-            def note(error, message):
-                if error is None:
-                    output.offset = message.offset()
-
-            return note
-
-        for output in apart:
-            plain.produce(
-                output.topic, output.value, output.key, partition=output.partition, on_delivery=build_note(output)
-            )
+        for changelog in changelogs:
+            if changelog.topic.startswith("seen."):
+                for key, (value, _cause) in changelog.entries.items():
+                    plain.produce(changelog.topic, value, key, partition=changelog.partition)
         plain.flush(10)
-        shipped(self, [output for output in outputs if output not in apart], offsets, group_metadata)
+        others = [changelog for changelog in changelogs if not changelog.topic.startswith("seen.")]
+        shipped(self, outputs, offsets, group_metadata, others)
 
     transaction.Transactor.commit = commit
 
@@ -136,9 +129,9 @@ def _watch_records(found):
     """Note when a batch with records of the gateway is being committed."""
     shipped = transaction.Transactor.commit
 
-    def commit(self, outputs, offsets, group_metadata):
+    def commit(self, outputs, offsets, group_metadata, changelogs=()):
         found[:] = [output for output in outputs if output.topic != "frontiers"]
-        shipped(self, outputs, offsets, group_metadata)
+        shipped(self, outputs, offsets, group_metadata, changelogs)
 
     transaction.Transactor.commit = commit
 
@@ -150,14 +143,20 @@ def die_before_commit():
     _hook_producer("commit_transaction", lambda: os._exit(EXIT) if under_way else None)
 
 
+def _freeze():
+    """Stop as SIGSTOP does. Any thread may take the signal: this one must not go on until it has."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.3)
+
+
 def freeze_before_commit():
-    """Stop (as SIGSTOP does) at the first batch with outputs, when all is flushed and nothing is committed."""
+    """Stop at the first batch with outputs, when all is flushed and nothing is committed."""
     under_way, frozen = [], []
 
     def freeze():
         if under_way and not frozen:
             frozen.append(True)
-            os.kill(os.getpid(), signal.SIGSTOP)
+            _freeze()
 
     _watch_records(under_way)
     _hook_producer("commit_transaction", freeze)
@@ -165,19 +164,20 @@ def freeze_before_commit():
 
 def freeze_with_batch():
     """Stop with a decided batch in hand; once awake, take part in the rebalance, then commit the batch."""
-    shipped = group.GroupConsumer.commit
+    shipped = batch.Batch.commit
     frozen = []
 
-    async def commit(self, number, outputs, positions, **more):
-        if outputs and not frozen:
+    async def commit(self, decision):
+        if self.records and not frozen:
             frozen.append(True)
-            os.kill(os.getpid(), signal.SIGSTOP)
+            _freeze()
             # Lost, then assigned again: two changes at least.
-            while self.number < number + 2 or not self.is_ready():
-                await self.poll(1, 0.1)
-        await shipped(self, number, outputs, positions, **more)
+            consumer = self.feeder.group
+            while consumer.number < self.number + 2 or not consumer.is_ready():
+                await consumer.poll(1, 0.1)
+        return await shipped(self, decision)
 
-    group.GroupConsumer.commit = commit
+    batch.Batch.commit = commit
 
 
 def ignore_pending_offsets():

@@ -156,6 +156,14 @@ class Slot:
             self._process.send_signal(signal.SIGSTOP)
             return self._site.transactions.find_state(self.transactional_id)
 
+    def freeze_in_transaction(self, patience):
+        """Stop it while its transaction is open, as the coordinator says; after ``patience`` seconds anywhere."""
+        until = time.monotonic() + patience
+        while self.freeze() != ONGOING and time.monotonic() < until:
+            self.thaw()
+            # Not in step with the worker's batches.
+            time.sleep(random.uniform(0.002, 0.05))
+
     def thaw(self):
         """SIGCONT."""
         with self.lock:

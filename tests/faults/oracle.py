@@ -28,6 +28,7 @@ FATES = ("canonical", "suppressed", "ignored", "patient_update", "waiting", "in_
 """The names of the conservation equation."""
 QUIET = {"log_level": 2, "error_cb": lambda _error: None}
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+ATTEMPTS = 4
 SHOWN = 8
 """Violations of one kind that are shown in full."""
 
@@ -39,6 +40,7 @@ class Tail:
         self._level = (
             IsolationLevel.READ_COMMITTED if isolation == "read_committed" else IsolationLevel.READ_UNCOMMITTED
         )
+        self._bootstrap = bootstrap
         self._admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})
         self._consumer = Consumer(
             {
@@ -60,9 +62,7 @@ class Tail:
 
     def read(self, patience=60.0):
         """Every record up to the end that the topics have now. Raises ``KafkaException`` or ``TimeoutError``."""
-        wanted = {TopicPartition(*place): OffsetSpec.latest() for place in self._next}
-        futures = self._admin.list_offsets(wanted, isolation_level=self._level, request_timeout=10)
-        ends = {(tp.topic, tp.partition): future.result().offset for tp, future in futures.items()}
+        ends = self._list_ends()
         until = time.monotonic() + patience
         while any(self._next[place] < end for place, end in ends.items()):
             if time.monotonic() > until:
@@ -79,6 +79,20 @@ class Tail:
 
     def close(self):
         self._consumer.close()
+
+    def _list_ends(self):
+        wanted = {TopicPartition(*place): OffsetSpec.latest() for place in self._next}
+        for attempt in range(ATTEMPTS):
+            try:
+                futures = self._admin.list_offsets(wanted, isolation_level=self._level, request_timeout=3)
+                return {(tp.topic, tp.partition): future.result().offset for tp, future in futures.items()}
+            except KafkaException:
+                # The client may go on asking under the leader it knows, long after a broker was restarted.
+                self._admin = AdminClient({"bootstrap.servers": self._bootstrap, **QUIET})
+                if attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(0.2)
+        raise AssertionError("the last attempt returns or raises")
 
 
 @dataclass(slots=True)

@@ -63,9 +63,10 @@ def draw(seed, minutes):
 
 
 def _draw_kill(dice, slot):
-    # One in five does not wait until the worker works: it falls into the start, the joining or the loading.
-    blind = dice.random() < 0.2
-    return Fault("kill", slot, dice.uniform(0, 2.0) if blind else dice.uniform(0.05, 0.9), detail=(blind,))
+    """Of ten kills two are ``blind``: they do not wait until the worker works, and fall into its start, the joining or
+    the loading. Three hit it at work, at any point. Five are ``aimed``: it must hold an open transaction."""
+    aim = dice.choices(("blind", "any", "aimed"), (2, 3, 5))[0]
+    return Fault("kill", slot, dice.uniform(0, 2.0) if aim == "blind" else dice.uniform(0.05, 0.9), detail=(aim,))
 
 
 def _draw_world(dice, share):
@@ -105,7 +106,7 @@ def _draw_world(dice, share):
 
 def _shorten(fault):
     if fault.kind == "kill":
-        return f"kill{'*' if fault.detail[0] else ''}+{fault.wait:.2f}"
+        return f"kill-{fault.detail[0]}+{fault.wait:.2f}"
     if fault.kind == "zombie":
         return f"zombie+{fault.wait:.2f}/{fault.seconds:.1f}"
     if fault.kind == "storm":

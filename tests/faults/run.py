@@ -17,6 +17,8 @@ from tests.faults.traffic import RAW_MONEY, Sender, Stream
 
 READY_SECONDS = 20.0
 """A worker that is not ready after so long is hit all the same."""
+AIM_SECONDS = 4.0
+"""An aimed kill waits no longer than this for an open transaction."""
 BURST = 2_000
 DRAIN_SECONDS = 150.0
 """Without any progress for this long, what is missing counts as lost."""
@@ -70,6 +72,8 @@ class FaultRun:
         self._begun = time.monotonic()
         self._tell_lock = threading.Lock()
         self._has_copy = False
+        self.stopped = threading.Event()
+        """Set: no further fault is begun; what was done is judged, and what is missing is told."""
         for number in range(4):
             site.add_slot(number)
 
@@ -122,19 +126,22 @@ class FaultRun:
 
     def _follow(self, lane):
         for fault in lane:
+            if self.stopped.is_set():
+                return
             try:
                 getattr(self, f"_do_{fault.kind}")(fault)
             except Exception as error:  # noqa: BLE001 - a fault that cannot be done must not hide in a thread
                 self.failures.append(f"the fault {fault.kind} was not done: {type(error).__name__} {error}"[:500])
                 self._tell(self.failures[-1])
-                return
 
     def _do_kill(self, fault):
-        slot, (blind,) = self.site.slots[fault.slot], fault.detail
+        slot, (aim,) = self.site.slots[fault.slot], fault.detail
         with self._gate.shared():
-            if not blind:
+            if aim != "blind":
                 slot.await_ready(READY_SECONDS)
             time.sleep(fault.wait)
+            if aim == "aimed":
+                slot.freeze_in_transaction(AIM_SECONDS)
             self._note_kill(slot.kill(), slot.number)
 
     def _note_kill(self, state, slot):
@@ -213,26 +220,35 @@ class FaultRun:
         with self._gate.alone():
             for number in (0, 1):
                 self._note_kill(self.site.slots[number].kill(restart=False), number)
-            if state == "old" and self._has_copy:
-                self.site.bring_back_state()
-                self._has_copy = False
-            else:
-                if not self._has_copy:
-                    self.site.save_state()
-                    self._has_copy = True
-                if state == "cut":
-                    if not self.site.cut_state(self._dice):
-                        raise AssertionError("no store was found")
-                else:
-                    state = "lost"
-                    self.site.lose_state()
-            if offsets != "kept":
-                self.site.await_empty_group()
-                (self.site.reset_offsets if offsets == "reset" else self.site.delete_group)()
-                self.counts[f"offsets_{offsets}"] += 1
-            for number in (0, 1):
-                self.site.slots[number].start()
+            try:
+                state = self._spoil_state(state)
+                self._spoil_offsets(offsets)
+            finally:
+                for number in (0, 1):
+                    self.site.slots[number].start()
         self._count(f"state_{state}", f"offsets {offsets}")
+
+    def _spoil_state(self, state):
+        if state == "old" and self._has_copy:
+            self.site.bring_back_state()
+            self._has_copy = False
+            return state
+        if not self._has_copy:
+            self.site.save_state()
+            self._has_copy = True
+        if state == "cut":
+            if not self.site.cut_state(self._dice):
+                raise AssertionError("no store was found")
+            return state
+        self.site.lose_state()
+        return "lost"
+
+    def _spoil_offsets(self, offsets):
+        if offsets == "kept":
+            return
+        self.site.await_empty_group()
+        (self.site.reset_offsets if offsets == "reset" else self.site.delete_group)()
+        self.counts[f"offsets_{offsets}"] += 1
 
     def _do_replay(self, fault):
         """Every raw record once more, as a new hop that names its origin."""
@@ -339,11 +355,12 @@ class FaultRun:
             sys.stdout.flush()
 
 
-def run_plan(folder, embedded, plan):
+def run_plan(folder, embedded, plan, *, on_start=lambda _fault_run: None):
     """Run a plan on a deployment of its own; (verdict, counts, seconds, raw records sent)."""
     site = Site(folder, embedded)
     try:
         fault_run = FaultRun(site, plan)
+        on_start(fault_run)
         verdict = fault_run.run()
         return verdict, fault_run
     finally:
