@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,11 @@ _REFUSALS = frozenset(
 )
 _OFFSETS_SECONDS = 5.0
 
+MARKER_SECONDS = 0.006
+"""A transaction begins no sooner after the last one's commit. Until the coordinator has written that one's markers it
+refuses the next (CONCURRENT_TRANSACTIONS), and librdkafka then waits 20 ms and more. A batch of some hundred records is
+decided for longer than this anyway; only small ones wait."""
+
 _FENCED = frozenset({KafkaError._FENCED, KafkaError.INVALID_PRODUCER_EPOCH, KafkaError.PRODUCER_FENCED})  # noqa: SLF001
 
 
@@ -110,6 +116,7 @@ class Transactor:
         self._producer: Any = Producer(self._configuration)
         self._is_open = False
         self._one_by_one = False
+        self._committed_at = float("-inf")
 
     def open(self, timeout: float = 30.0) -> None:
         """Fence every earlier process of this id. Raises ``KafkaUnreachable``."""
@@ -140,6 +147,7 @@ class Transactor:
                 raise TransactionAborted(error.detail) from None
         # Of this transaction: a late report of a replaced producer goes into the old ones.
         reports = [_Reports() for _ in range(len(changelogs) + 1)]
+        time.sleep(max(0.0, self._committed_at + MARKER_SECONDS - time.monotonic()))
         try:
             self._producer.begin_transaction()
             if self._one_by_one:
@@ -159,6 +167,7 @@ class Transactor:
                 raise
             self._fail(error.__cause__)
         self._commit()
+        self._committed_at = time.monotonic()
         self._one_by_one = False
         for changelog, report in zip(changelogs, reports, strict=False):
             changelog.offset = report[None].offset() if changelog.entries else -1
