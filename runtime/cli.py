@@ -245,6 +245,15 @@ def init(
     typer.echo(f"Wrote {show_path(written)}. Set the variables it names, then run `remitstream config check`.")
 
 
+@app.command(epilog="Example: remitstream connectors --set connectors.targets=our-targets")
+def connectors(
+    *, config: Config = None, assignments: Assignments = None, embedded: Embedded = None, as_json: Json = False
+) -> None:
+    """List gateways and targets, those of your own folder too, and the hosts they call."""
+    settings = steps.open_settings(config, assignments, embedded=embedded)
+    output.print_data(steps.load("runtime.commands.connectors", "list_connectors")(settings), as_json=as_json)
+
+
 @mapping_app.command("check", epilog="Example: remitstream mapping check streams/mappings/stripe.yaml")
 def check_mappings(
     *,

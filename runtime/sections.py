@@ -19,6 +19,16 @@ class SecretSettings(Strict):
     )
 
 
+class ConnectorSettings(Strict):
+    """Connectors of your own, beside those that come with remitstream."""
+
+    targets: Path | None = Field(
+        default=None,
+        description="Folder with target connectors (see docs/adding-a-target.md). Its Python files run with the rights "
+        "of the service: nobody else may write there.",
+    )
+
+
 class CertificateSettings(Strict):
     """Certificate of a server of ours."""
 

@@ -25,7 +25,7 @@ from pydantic_settings import SettingsError as UnreadableVariableError
 from identity.projection import RedisSettings
 from runtime import secret_references
 from runtime.configuration import Issue, Key, MissingFileError, SettingsError, read_document, show_path
-from runtime.connectors import find_target_model, list_gateways, list_targets
+from runtime.connectors import Targets, list_gateways
 from runtime.cross_checks import Known, is_file_key, run_checks
 from runtime.embedded_mode import ADDRESSES, decide_embedded
 from runtime.layers import (
@@ -41,6 +41,7 @@ from runtime.layers import (
     suggest,
 )
 from runtime.sections import (
+    ConnectorSettings,
     HealthSettings,
     ListenerSettings,
     LogSettings,
@@ -83,6 +84,7 @@ class Settings(BaseSettings):
         default=(), description="Systems that events are posted to."
     )
     secrets: SecretSettings
+    connectors: ConnectorSettings = ConnectorSettings()
     kafka: KafkaSettings = KafkaSettings()
     registry: RegistrySettings = RegistrySettings()
     redis: RedisSettings = RedisSettings()
@@ -189,7 +191,7 @@ def read_settings(path: Path | None = None, overrides: Iterable[tuple[str, str]]
     told = {issue.key for issue in issues}
     issues += [
         issue
-        for issue in run_checks(merged, Known(frozenset(list_gateways()), frozenset(list_targets())))
+        for issue in run_checks(merged, Known(frozenset(list_gateways()), frozenset(_find_targets(merged).list_all())))
         if issue.key not in told
     ]
     if issues or settings is None:
@@ -207,13 +209,23 @@ def ensure_secrets(path: Path | None = None, overrides: Iterable[tuple[str, str]
     if not decide_embedded(merged, []):
         return ()
     created = []
-    for key, kind, given in walk(Settings, merged.tree, (), find_target_model):
+    for key, kind, given in walk(Settings, merged.tree, (), _find_targets(merged).find_model):
         origin = merged.find_origin(key)
         if kind == "secret" and isinstance(given, str) and given.startswith("file:") and origin is not None:
             file = secret_references.join_path(origin.folder, given.removeprefix("file:"))
             if secret_references.create_file(file):
                 created.append(file)
     return tuple(created)
+
+
+def _find_targets(merged: Merged) -> Targets:
+    """The target connectors of this deployment: which settings a target has depends on them."""
+    section = merged.tree.get("connectors")
+    given = section.get("targets") if isinstance(section, dict) else None
+    if not isinstance(given, str) or not given:
+        return Targets()
+    origin = merged.find_origin(("connectors", "targets"))
+    return Targets(secret_references.join_path(origin.folder if origin is not None else Path.cwd(), given))
 
 
 def _find_file(path: Path | None) -> Path | None:
@@ -324,7 +336,7 @@ def _get_field(section: str, name: str) -> FieldInfo:
 def _resolve_secrets(merged: Merged, *, embedded: bool) -> tuple[dict[Key, str], list[Issue]]:
     references: dict[Key, str] = {}
     issues: list[Issue] = []
-    for key, kind, given in list(walk(Settings, merged.tree, (), find_target_model)):
+    for key, kind, given in list(walk(Settings, merged.tree, (), _find_targets(merged).find_model)):
         if kind != "secret":
             continue
         secret, issue = secret_references.resolve(key, given, merged, os.environ, embedded=embedded)
@@ -348,7 +360,7 @@ def _resolve_secrets(merged: Merged, *, embedded: bool) -> tuple[dict[Key, str],
 
 def _make_paths_absolute(merged: Merged, file: Path | None) -> None:
     """Relative paths are taken from the folder of the file they are written in, else from the working directory."""
-    for key, kind, given in list(walk(Settings, merged.tree, (), find_target_model)):
+    for key, kind, given in list(walk(Settings, merged.tree, (), _find_targets(merged).find_model)):
         if isinstance(given, str) and given and (kind == "path" or is_file_key(key)):
             origin = merged.find_origin(key)
             folder = origin.folder if origin is not None else Path.cwd()
@@ -363,6 +375,7 @@ def _make_paths_absolute(merged: Merged, file: Path | None) -> None:
 
 def _build(merged: Merged) -> tuple[Settings | None, list[Issue]]:
     """The models. Targets are built by the models of their connectors, one by one."""
+    find_model = _find_targets(merged).find_model
     issues: list[Issue] = []
     tree = dict(merged.tree)
     targets = tree.get("targets")
@@ -370,14 +383,14 @@ def _build(merged: Merged) -> tuple[Settings | None, list[Issue]]:
         built: list[Any] = []
         for position, entry in enumerate(targets):
             try:
-                built.append(find_target_model(entry).model_validate(entry))
+                built.append(find_model(entry).model_validate(entry))
             except ValidationError as error:
-                issues += translate(error, Settings, merged, find_target_model, ("targets", position))
+                issues += translate(error, Settings, merged, find_model, ("targets", position))
         tree["targets"] = tuple(built)
     try:
         return Settings(**tree), issues
     except ValidationError as error:
-        return None, issues + translate(error, Settings, merged, find_target_model, ())
+        return None, issues + translate(error, Settings, merged, find_model, ())
 
 
 def _order(issues: list[Issue]) -> list[Issue]:

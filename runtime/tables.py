@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from runtime.connectors import list_gateways, list_targets
+from runtime.connectors import list_gateways, list_hosts, list_targets
 from runtime.installation import PACKAGES
 from runtime.markdown import NOTICE, join_parts, write_table
 from runtime.settings_reference import render_configuration
@@ -30,6 +30,14 @@ CONNECTORS_INTRODUCTION = """\
 
 Status `sandbox` means proved against simulators and the vendors' published vectors, `live` against the vendor's own
 test system.\
+"""
+
+EGRESS_INTRODUCTION = """\
+# Hosts that are called
+
+What a firewall must let out for the targets in use, from the connectors' own declarations; calls go nowhere else, and
+redirects are not followed. Where no host is named, it is the one in the instance's settings. With
+`environment = "simulator"` only 127.0.0.1 is called. `remitstream connectors` lists your own folder's connectors, too.\
 """
 
 ERRORS_INTRODUCTION = """\
@@ -71,6 +79,7 @@ def render() -> dict[str, str]:
         "docs/configuration.md": render_configuration(),
         "docs/generated/topics.md": render_topics(),
         "docs/generated/connectors.md": render_connectors(),
+        "docs/generated/egress.md": render_egress(),
     }
 
 
@@ -245,3 +254,19 @@ def render_connectors() -> str:
             write_table(("Capability", "How"), [(name, text) for name, text in target.capabilities.items()]),
         ]
     return join_parts(parts)
+
+
+# ---------------------------------------------------------------- egress
+
+
+def render_egress() -> str:
+    """Hosts of all targets, per environment."""
+    rows = [
+        (
+            f"`{called.connector}`",
+            called.environment,
+            ", ".join(f"`{origin}`" for origin in called.origins) or "in the instance's settings",
+        )
+        for called in list_hosts(list_targets().values())
+    ]
+    return join_parts([NOTICE, EGRESS_INTRODUCTION, write_table(("Target", "Environment", "Hosts"), rows)])

@@ -37,7 +37,7 @@ def run(settings: Settings, targets: tuple[str, ...]) -> int:
             runners = [
                 Runner(
                     settings.kafka,
-                    catalog.load(target.connector),
+                    catalog.load(target.connector, settings.connectors.targets),
                     target,
                     settings.tenancy,
                     registry=registry,

@@ -80,7 +80,9 @@ def place(tmp_path, monkeypatch):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(connectors.gateway_catalog, "discover", lambda: {"till": None})
-    monkeypatch.setattr(connectors.target_catalog, "discover", lambda: {"wire": SimpleNamespace(settings=WireSettings)})
+    monkeypatch.setattr(
+        connectors.target_catalog, "discover", lambda _extra=None: {"wire": SimpleNamespace(settings=WireSettings)}
+    )
     for name, value in {"T_NORTH": "north-secret-1", "T_WIRE": "wire-secret-2", "T_HMAC": KEY}.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "secrets").mkdir()
