@@ -53,7 +53,7 @@ class Policy:
     park_after: int = 6
     """Refusals for now of one event, after which it is parked and no longer holds the frontier."""
     ask_person_after: int = 12
-    """Look-ups of one event that stayed unclear, after which a person decides."""
+    """Tries of one event without a clear end (no answer, unclear look-ups), after which a person decides."""
 
     def choose_step(self, first_write_at: int, moment: Moment) -> Step:
         """What may be done at this moment with a request whose first write was not before that wall time."""

@@ -3,6 +3,7 @@
 The world (target, network, changelog) is written here and shares no code with the ledger.
 """
 
+import itertools
 import random
 
 import msgspec
@@ -11,7 +12,7 @@ import pytest
 from schemas.events import Outcome
 from schemas.failure import FailureKind
 from sinks.attempts import BEHIND_ENTITY, Entry, Failed, Source, State, decode_entry, encode_entry
-from sinks.contract import Answer, Request, TargetClass
+from sinks.contract import Absent, Answer, Found, Request, TargetClass, Unclear
 from sinks.ledger import RESEND_REJECTED, WINDOW_OVER, Ledger
 from sinks.policy import Moment, Policy, Step
 
@@ -813,3 +814,171 @@ def test_refusals_for_now_park_the_event_unless_the_whole_target_is_away(is_outa
         bench.ledger.settle(attempt, Answer(FailureKind.UNAVAILABLE, "HTTP_503", is_outage=is_outage), bench.now)
         bench.wait(100)
     assert attempt.state is state
+
+
+# Class C: asked before it is posted again.
+
+
+def make_asked(**changes):
+    return make_policy(TargetClass.C, window=None, looks_up=True, **changes)
+
+
+def ask(bench):
+    """Begin what may begin; all of it must be look-ups."""
+    begun = bench.begin()
+    assert all(attempt.asks for attempt in begun)
+    return begun
+
+
+def test_class_c_asks_after_the_deadline_and_finishes_what_it_finds():
+    bench = Bench(make_asked())
+    bench.publish(("a", "A"), ("a2", "A"))
+    bench.post(TIMEOUT)
+    bench.wait(DEADLINE - 0.1)
+    assert bench.begin() == []
+    bench.wait(0.1)
+    (attempt,) = ask(bench)
+    assert not bench.write(attempt)
+    assert bench.ledger.may_ask(attempt, bench.now)
+    bench.ledger.settle_look_up(attempt, Found("doc-7"), bench.now)
+    flush = bench.commit()
+    assert bench.outcomes("a") == ["posted"]
+    assert [report.reference for report in flush.reports] == ["doc-7"]
+    assert bench.post() == ["a2"]
+
+
+def test_class_c_posts_the_same_bytes_once_they_are_surely_absent():
+    bench = Bench(make_asked())
+    bench.publish(("a", "A"))
+    bench.post(TIMEOUT)
+    body = bench.log["a"].body
+    bench.wait(DEADLINE)
+    (attempt,) = ask(bench)
+    bench.ledger.settle_look_up(attempt, Absent(), bench.now)
+    bench.commit()
+    assert not bench.log["a"].may_have_landed
+    (again,) = bench.begin()
+    assert not again.asks
+    assert bench.log["a"].state == "IN_FLIGHT"
+    assert again.request.body == body
+    assert bench.write(again)
+    bench.settle(again, REJECTED)
+    # Nothing of it was there, so a refusal is a refusal.
+    assert bench.outcomes("a") == ["rejected"]
+
+
+def test_class_c_after_kill_9_waits_for_deadline_and_session_before_it_asks():
+    bench = Bench(make_asked(visible_after=3.0))
+    bench.publish(("a", "A"))
+    bench.begin()
+    bench.restart()
+    bench.wait(DEADLINE + SESSION + 2.9)
+    assert bench.begin() == []
+    bench.wait(0.2)
+    assert [attempt.event_id for attempt in ask(bench)] == ["a"]
+
+
+def test_an_unclear_look_up_is_asked_again_with_growing_pauses_and_ends_with_a_person():
+    bench = Bench(make_asked(ask_person_after=4, park_after=99))
+    bench.publish(("a", "A"))
+    bench.post(TIMEOUT)
+    bench.wait(DEADLINE)
+    asked_at = []
+    while bench.outcomes("a") != ["unknown"]:
+        for attempt in ask(bench):
+            asked_at.append(bench.steady)
+            bench.ledger.settle_look_up(attempt, Unclear("TWO_FOUND"), bench.now)
+            bench.commit()
+        bench.wait(0.5)
+        assert bench.steady < 2000
+    assert len(asked_at) == 3
+    pauses = [later - earlier for earlier, later in itertools.pairwise(asked_at)]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] > pauses[0]
+    assert bench.log["a"].code == "TWO_FOUND"
+    bench.restart()
+    bench.wait(10_000)
+    assert bench.begin() == []
+
+
+@pytest.mark.parametrize(
+    "result", [Failed("WITHDRAWN", "LEASE_OLD"), REFUSED_CONNECTION, Answer(FailureKind.AUTH, "HTTP_401")]
+)
+def test_a_question_that_could_not_be_asked_decides_nothing_and_is_no_try(result):
+    bench = Bench(make_asked())
+    bench.publish(("a", "A"))
+    bench.post(TIMEOUT)
+    tries = bench.ledger.attempts["a"].tries
+    bench.wait(DEADLINE)
+    for _ in range(30):
+        (attempt,) = ask(bench)
+        bench.ledger.settle_look_up(attempt, result, bench.now)
+        bench.commit()
+        bench.wait(1)
+    assert bench.state("a") is State.UNKNOWN
+    assert bench.ledger.attempts["a"].tries == tries
+    assert bench.outcomes("a") == []
+
+
+def test_class_a_outside_its_window_asks_where_it_can():
+    bench = Bench(make_policy(looks_up=True))
+    bench.publish(("a", "A"))
+    bench.post(TIMEOUT)
+    bench.wait(WINDOW)
+    (attempt,) = bench.begin()
+    assert attempt.asks
+    bench.ledger.settle_look_up(attempt, Absent(), bench.now)
+    bench.commit()
+    (again,) = bench.begin()
+    assert not again.asks
+    assert bench.write(again)
+    bench.settle(again, TIMEOUT)
+    bench.wait(DEADLINE)
+    # Its window begins anew with the new first write.
+    (resent,) = bench.begin()
+    assert not resent.asks
+    bench.restart()
+    assert bench.log["a"].may_have_landed is False
+    bench.wait(DEADLINE + SESSION)
+    assert bench.begin()
+
+
+# Records that the broker does not take.
+
+
+def test_a_refused_record_is_a_dead_letter_without_its_request_and_the_others_go_on():
+    bench = Bench()
+    bench.publish(("a", "A"), ("a2", "A"), ("b", "B"))
+    taken = bench.ledger.take(10, bench.now)
+    for attempt in taken:
+        bench.ledger.start(attempt, Request(b"x" * 10, "C", "R"), bench.now)
+    refused = bench.ledger.attempts["a"]
+    assert bench.ledger.refuse(refused, "MSG_SIZE_TOO_LARGE", bench.now)
+    bench.commit()
+    assert bench.outcomes("a") == ["dead_lettered"]
+    assert bench.outcomes("a2") == ["parked"]
+    assert bench.log["a"].body is None
+    assert bench.log["a"].value == b"a"
+    assert not refused.calling
+    assert not bench.write(refused)
+    assert bench.log["b"].state == "IN_FLIGHT"
+
+
+def test_a_dead_letter_that_is_refused_too_goes_without_the_event_and_then_not_at_all():
+    bench = Bench()
+    bench.publish(("a", "A"))
+    (attempt,) = bench.ledger.take(10, bench.now)
+    bench.ledger.start(attempt, Request(b"x", "C", "R"), bench.now)
+    assert bench.ledger.refuse(attempt, "MSG_SIZE_TOO_LARGE", bench.now)
+    assert bench.ledger.refuse(attempt, "MSG_SIZE_TOO_LARGE", bench.now)
+    assert attempt.source.value == b""
+    assert not bench.ledger.refuse(attempt, "MSG_SIZE_TOO_LARGE", bench.now)
+
+
+def test_what_may_have_landed_is_never_made_smaller():
+    bench = Bench()
+    bench.publish(("a", "A"))
+    bench.post(TIMEOUT)
+    attempt = bench.ledger.attempts["a"]
+    assert not bench.ledger.refuse(attempt, "MSG_SIZE_TOO_LARGE", bench.now)
+    assert attempt.request is not None
