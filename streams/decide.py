@@ -172,12 +172,28 @@ class _Writer:
         self._printer = printer
         self._source = source
         self._now_ms = now_ms
-        self.decision = Decision()
+        self._published: list[str] = []
+        self._decision = Decision()
+        self._outputs = self._decision.outputs
+
+    def finish(self) -> Decision:
+        """All that was written."""
+        for kind, count in Counter(self._published).items():
+            self._decision.fates[Fate.CANONICAL, kind] = count
+        return self._decision
 
     def publish(self, record: RawRecord, normalised: Normalised) -> None:
         """The canonical event."""
-        self.decision.outputs.append(self._printer.print(record, normalised))
-        self.decision.fates[Fate.CANONICAL, normalised.event.kind] += 1
+        self._outputs.append(self._printer.print(record, normalised))
+        self._published.append(normalised.event.kind)
+
+    def publish_patients(self, outputs: Iterable[Output]) -> None:
+        """States of patient identifiers, as encoded."""
+        self._outputs += outputs
+
+    def wait(self, reason: str) -> None:
+        """The record is on hold."""
+        self._decision.fates[Fate.WAITING, reason] += 1
 
     def dispose(self, record: RawRecord, fate: Fate, reason: str, event_type: str, linked: str = "") -> None:
         """The record of a raw record that leads to nothing else."""
@@ -191,7 +207,7 @@ class _Writer:
             linked=linked,
             decided_at=self._now_ms,
         )
-        self.decision.outputs.append(
+        self._outputs.append(
             Output(
                 catalog.DISPOSITIONS,
                 record.hop.encode(),
@@ -199,7 +215,7 @@ class _Writer:
                 cause=record.hop,
             )
         )
-        self.decision.fates[fate, reason] += 1
+        self._decision.fates[fate, reason] += 1
 
     def review(self, record: RawRecord, event: MoneyEvent, reason: str, discriminator: str = "") -> None:
         """A question for a person."""
@@ -215,7 +231,7 @@ class _Writer:
             created_at=self._now_ms,
         )
         key = "|".join(part for part in (event.event_id, reason, discriminator) if part)
-        self.decision.outputs.append(
+        self._outputs.append(
             Output(
                 catalog.REVIEWS,
                 key.encode(),
@@ -224,11 +240,11 @@ class _Writer:
                 cause=record.hop,
             )
         )
-        self.decision.fates[Fate.IN_REVIEW, reason] += 1
+        self._decision.fates[Fate.IN_REVIEW, reason] += 1
 
     def dead_letter(self, record: RawRecord, failure: Failure, stage: str) -> None:
         """The record itself, with the reason as codes."""
-        self.decision.dead_letters.append(
+        self._decision.dead_letters.append(
             build_dead_letter(
                 key=record.key,
                 value=record.value,
@@ -240,7 +256,7 @@ class _Writer:
                 now_ms=self._now_ms,
             )
         )
-        self.decision.fates[Fate.DEAD_LETTERED, failure.code] += 1
+        self._decision.fates[Fate.DEAD_LETTERED, failure.code] += 1
 
 
 _Candidate = tuple[RawRecord, Normalised | Ignored | Failure]
@@ -291,6 +307,7 @@ class MoneyDecider:
         due = self._list_due(rooms)
         expire = self._clock.monotonic() - self._last_expiry >= EXPIRY_INTERVAL
         found = await self._resolve(self._collect_hashes(candidates, drafts), due)
+        held: list[WaitingDraft] = []
         for partition, room in rooms.items():
             lane = _Lane(self, writer, drafts[partition], WaitingDraft(room.waiting), found, refused, now_ms)
             if expire:
@@ -298,11 +315,13 @@ class MoneyDecider:
             lane.release_known(due)
             for record, mapped in candidates.get(partition, ()):
                 lane.decide(record, mapped)
-            writer.decision.rooms.append(lane.room)
+            held.append(lane.room)
         if expire:
             self._last_expiry = self._clock.monotonic()
-        writer.decision.drafts = list(drafts.values())
-        return writer.decision
+        decision = writer.finish()
+        decision.rooms = held
+        decision.drafts = list(drafts.values())
+        return decision
 
     def read_waiting_entry(self, value: bytes) -> WaitingEntry:
         """A record on hold, as stored."""
@@ -544,7 +563,7 @@ class _Lane:
         self._draft.write_waiting(record.hop, self._decider.encode_waiting_entry(entry))
         self.room.hold(Held(record.hop, event.root, reason, awaited, since))
         if held is None:
-            self._writer.decision.fates[Fate.WAITING, reason] += 1
+            self._writer.wait(reason)
         return False
 
     def _release_entity(self, entity: str) -> None:
@@ -629,8 +648,9 @@ class AdmissionDecider:
             failure = _guard(self._decide_one, writer, drafts[record.partition], record)
             if failure is not None:
                 writer.dead_letter(record, failure, "normalise")
-        writer.decision.drafts = list(drafts.values())
-        return writer.decision
+        decision = writer.finish()
+        decision.drafts = list(drafts.values())
+        return decision
 
     def _decide_one(self, writer: _Writer, draft: Draft, record: RawRecord) -> None:
         """Decide one message. Raises before anything was written."""
@@ -648,7 +668,7 @@ class AdmissionDecider:
             return
         published = [self._publish(record, patient) for patient in read.records]
         draft.write_seen(key, [SeenEntry(digest, record.hop)])
-        writer.decision.outputs.extend(published)
+        writer.publish_patients(published)
         writer.dispose(record, Fate.PATIENT_UPDATE, "ADMISSION", read.message_type, build_event_id(key))
 
     def rebuild(self, room: Room) -> None:

@@ -39,7 +39,7 @@ class MappingDecider(MoneyDecider):
             if not isinstance(mapped, Normalised):
                 raise TypeError("a record of the bench's input was not mapped")
             writer.publish(record, mapped)
-        return writer.decision
+        return writer.finish()
 
 
 def build_deciders(*arguments: Any) -> Any:
