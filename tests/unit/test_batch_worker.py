@@ -1,9 +1,11 @@
 """The Faust app around the batches: what an agent does with each way a batch may end. Real Faust, no broker."""
 
 import asyncio
+import socket
 from types import SimpleNamespace
 
 import faust
+import psutil
 import pytest
 
 from schemas.failure import FatalError, TemporaryError
@@ -131,6 +133,26 @@ async def test_batches_are_decided_and_committed_in_order(build):
     assert worker.feeder.group.committed == [1, 2, 3]
     assert worker.feeder.deciders[RAW].seen == [[0], [1], [2]]
     assert worker.explain() is None
+
+
+async def test_no_port_is_opened(build):
+    """Faust's web server would serve table data and assignments without a password."""
+
+    def list_ports():
+        return {c.laddr.port for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+    before, seen = list_ports(), []
+    worker = build()
+
+    def is_done():
+        seen.append(list_ports())
+        return len(worker.feeder.group.committed) == 3
+
+    await run(worker, is_done)
+    assert worker.feeder.group.committed == [1, 2, 3]
+    assert all(ports == before for ports in seen)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert server.getsockname()[1] in list_ports(), "an open port would be seen"
 
 
 async def test_a_batch_given_back_is_decided_again(build):
