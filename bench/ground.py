@@ -58,6 +58,8 @@ class Ground:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
+        # Told to end, it must not leave a broker and a worker behind.
+        signal.signal(signal.SIGTERM, _leave)
         try:
             self._set_up()
         except BaseException:
@@ -316,6 +318,10 @@ class Progress:
     def close(self) -> None:
         """Give up the connection."""
         self._consumer.close()
+
+
+def _leave(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def find_free_port() -> int:

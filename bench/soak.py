@@ -39,6 +39,9 @@ BLOCK_SECONDS = 30.0
 LIMIT_BYTES = 1.0
 """Private memory may grow by less than this per event: the smallest object Python can lose is 16 bytes."""
 
+LAG_SECONDS = 5.0
+"""A worker further behind than this many seconds of traffic is not at a steady rate: its queues fill, up to a bound."""
+
 
 def main() -> int:
     """Exit code: see above."""
@@ -156,7 +159,11 @@ class Soak:
             slopes[name] = asdict(fit_slope(blocks))
         anon = slopes["anon_mib"]
         limit = LIMIT_BYTES * hourly / 2**20
-        verdict = "flat" if anon["high"] < limit else "grows" if anon["low"] > limit else "too short to tell"
+        lag = max(one["lag"] for one in counted)
+        if lag > LAG_SECONDS * self._options.rate:
+            verdict = "the worker was behind: fetched records filled its queues"
+        else:
+            verdict = "flat" if anon["high"] < limit else "grows" if anon["low"] > limit else "too short to tell"
         collector = json.loads(self._collector.read_text("ascii"))
         spent = sum(generation["seconds"] for generation in collector["generations"])
         return {
@@ -175,7 +182,7 @@ class Soak:
             "private_mib_last": counted[-1]["anon_mib"],
             "private_mib_peak": max(one["anon_mib"] for one in counted),
             "threads_last": counted[-1]["threads"],
-            "largest_lag": max(one["lag"] for one in counted),
+            "largest_lag": lag,
             "cpu_per_million": cpu / self._count * 1e6,
             "collector": collector,
             "collector_cpu_per_million": spent / self._count * 1e6,
