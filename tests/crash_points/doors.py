@@ -81,7 +81,7 @@ def _find_place(frame):
 
 def _name_door(function):
     owner = getattr(function, "__self__", None)
-    if isinstance(owner, KAFKA) or isinstance(owner, LMDB):
+    if isinstance(owner, (*KAFKA, *LMDB)):
         kind = next(base for base in (*KAFKA, *LMDB) if isinstance(owner, base))
         return f"{kind.__name__.strip('_')}.{function.__name__}"
     return None
@@ -173,10 +173,12 @@ def read_points(target):
         elif not (side == "suspended" and before == "suspended"):
             chosen.setdefault(key, point)
     points = list(chosen.values())
-    for point in list(points):
-        if point.door.startswith(("Producer.", "Transaction.")) and counts[point[:3]] > point.count:
-            points.append(point._replace(count=counts[point[:3]]))
-    return points
+    repeated = [
+        point
+        for point in points
+        if point.door.startswith(("Producer.", "Transaction.")) and counts[point[:3]] > point.count
+    ]
+    return points + [point._replace(count=counts[point[:3]]) for point in repeated]
 
 
 class Killer:
@@ -210,7 +212,8 @@ class Saboteur(Killer):
                 is_here = self._left == 0
             if is_here:
                 self._reached.touch()
-                raise FAILURES[self._failure]()
+                failure = FAILURES[self._failure]()
+                raise failure
 
 
 def _build_kafka_error(*, retriable=False, abortable=False):

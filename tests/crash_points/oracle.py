@@ -68,10 +68,14 @@ class Oracle:
 
     def follow_to_end(self):
         """Take everything that is committed now."""
-        ends = {(at.topic, at.partition): self._consumer.get_watermark_offsets(at, timeout=10)[1] for at in self._places}
+        ends = {
+            (at.topic, at.partition): self._consumer.get_watermark_offsets(at, timeout=10)[1] for at in self._places
+        }
         until = time.monotonic() + 20
         while any(
-            at.offset < ends[at.topic, at.partition] for at in self._consumer.position(self._places) if ends[at.topic, at.partition]
+            at.offset < ends[at.topic, at.partition]
+            for at in self._consumer.position(self._places)
+            if ends[at.topic, at.partition]
         ):
             assert time.monotonic() < until, "the end is not reached: a transaction hangs"
             self.follow(0.05)

@@ -355,7 +355,8 @@ def sweep_all(sweep, trials, say):
     for number, trial in enumerate(trials, 1):
         started = time.monotonic()
         survived = sweep.try_point(trial)
-        say(f"{number}/{len(trials)} {time.monotonic() - started:.1f} s {'outlived' if survived else 'finished'}: {trial}")
+        end = "outlived" if survived else "finished"
+        say(f"{number}/{len(trials)} {time.monotonic() - started:.1f} s {end}: {trial}")
         if trial.failure:
             summary.failures += 1
             summary.survived += survived

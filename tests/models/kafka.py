@@ -341,6 +341,7 @@ class Consumer:
         self.callbacks = None
         self.generation = None
         self.owned = False
+        self.polls = 0
         self.is_deaf = False
         """It does not learn of rebalances."""
 
@@ -358,6 +359,7 @@ class Consumer:
 
     def poll(self, timeout=0):
         until = time.monotonic() + min(timeout, 0.02)
+        self.polls += 1
         while True:
             if self.callbacks is not None and not self.is_deaf:
                 self._notice()

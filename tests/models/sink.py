@@ -7,6 +7,7 @@ time stands still, and a request does what the story wants of it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 from collections import Counter, defaultdict
@@ -102,10 +103,10 @@ class Site:
 
 
 class Wire:
-    """The transport of one process. The story's ``plan`` says for each request of a name what becomes of it, in turn:
+    """The transport of one process. The story's ``plan`` says for each request of a name what becomes of it, in turn.
 
-    ``ok``: applied and answered; ``late``: no answer by the deadline, and the target gets it when the story delivers it;
-    ``lost``: applied, the answer is lost; ``reject``: refused; ``hang``: no end until the story lets go; ``held``: not
+    ``ok``: applied and answered. ``late``: no answer by the deadline; the target gets it when the story delivers it.
+    ``lost``: applied, the answer is lost. ``reject``: refused. ``hang``: no end until the story lets go. ``held``: not
     looked at and not written until the story lets go, then as ``late`` or ``ok``.
     """
 
@@ -269,10 +270,8 @@ class Story:
         return runner
 
     async def _run(self, name, runner):
-        try:
+        with contextlib.suppress(Death):
             await runner.run()
-        except Death:
-            pass
 
     async def kill(self, name):
         """``kill -9``: nothing is committed or told any more; what is on the wire stays there."""
@@ -297,11 +296,14 @@ class Story:
             self.runners[one]._consumer._consumer.is_deaf = True
         self.kafka.rebalance(GROUP, f".{name}.")
 
-    async def take_over(self, name):
-        """A process starts and has everything."""
-        runner = await self.start(name)
-        self.give_to(name)
-        return runner
+    async def take_over(self, name, *, deaf=()):
+        """A process starts, has everything, and has loaded it."""
+        await self.start(name)
+        self.give_to(name, deaf=deaf)
+        await self.until(lambda: self.has_loaded(name))
+
+    def has_loaded(self, name):
+        return any(shard.topic == catalog.PAYMENTS for shard in self.runners[name]._shards)
 
     async def close(self):
         for gate in self.gates.values():
@@ -330,17 +332,31 @@ class Story:
             )
             await asyncio.sleep(0.001)
 
-    async def settle(self, passes=25):
-        """Let everybody do what can be done at this time."""
-        for _ in range(passes):
-            await asyncio.sleep(0.004)
+    async def settle(self, cycles=8):
+        """Let everybody do what can be done at this time: so many cycles each, but for who is held up by the story."""
+        loop = asyncio.get_running_loop()
+        consumers = [runner._consumer for runner in self.runners.values()]
+        wanted = {consumer: consumer._consumer.polls + cycles for consumer in consumers}
+        last, moved_at = None, loop.time()
+        while loop.time() - moved_at < 0.25:
+            left = [c for c in consumers if c._consumer.polls < wanted[c] or not self._is_loaded(c)]
+            if not left:
+                return
+            now = [c._consumer.polls for c in left]
+            if now != last:
+                last, moved_at = now, loop.time()
+            await asyncio.sleep(0.001)
 
-    async def live(self, seconds, step=5.0):
+    def _is_loaded(self, consumer):
+        membership = self.kafka.groups[GROUP]
+        return membership.owner is not consumer._consumer or consumer._consumer.is_deaf or consumer.is_ready()
+
+    async def live(self, seconds, step=13.0):
         """Time passes, and everybody works meanwhile."""
         while seconds > 0:
             self.wait(min(step, seconds))
             seconds -= step
-            await self.settle(6)
+            await self.settle()
 
     def deliver(self):
         """The network hands over what it kept."""

@@ -131,10 +131,9 @@ async def take_over_before_the_look(story, *, told):
     story.plan["x0"] = ["held ok"]
     await story.start("w0")
     await story.until(lambda: story.holding)
-    await story.start("w1")
-    story.give_to("w1", deaf=() if told else ("w0",))
     if not told:
         story.out_of_touch.add("w0")
+    await story.take_over("w1", deaf=() if told else ("w0",))
     await story.until(lambda: story.list_entries() == {"x0": "IN_FLIGHT"})
     await story.settle()
     await story.live(OVER)
@@ -266,10 +265,10 @@ async def test_records_are_in_the_log_before_the_offsets_are_sent(tell, kept):
     story.kafka.flushes_late = not kept
     await story.until(reached.is_set)
     taking = asyncio.create_task(story.take_over("w1"))
-    await taking
-    await asyncio.sleep(0.3)
+    await asyncio.wait({taking}, timeout=0.3)
+    assert taking.done() is not kept
     go_on.set()
-    await story.settle()
+    await taking
     await story.live(OVER)
     conclude(story, kept, "x0 has two final outcomes")
 
@@ -295,8 +294,7 @@ async def test_every_transaction_is_fenced_also_when_no_frontier_moves(tell, kep
     story.kafka.before = before
     story.gates["y0"].set()
     await story.until(reached.is_set)
-    await story.start("w1")
-    story.give_to("w1", deaf=("w0",))
+    await story.take_over("w1", deaf=("w0",))
     await story.live(OVER)
     await story.until(lambda: "posted" in story.list_outcomes().get("y0", []))
     go_on.set()

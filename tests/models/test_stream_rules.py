@@ -1,7 +1,8 @@
 """Every rule of the stream's protocol: the shortest trace that needs it, with the rule and without.
 
-Shipped feeder, group consumer, transactions, decider, local store and loading run; the broker is ``tests.models.kafka``.
-The names are those of the model's rules. "Without" switches the rule off here, mostly at the broker's door.
+Shipped feeder, group consumer, transactions, decider, local store and loading run; the broker is
+``tests.models.kafka``. The names are those of the model's rules. "Without" switches the rule off here, mostly at the
+broker's door.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pytest
 
 from streams.state import Draft
 from tests.models.kafka import Consumer, Death
-from tests.models.stream import K1, K2, K3, POISON, RAW, Story, capture
+from tests.models.stream import K1, K2, K3, POISON, Story, capture
 from topics import frontier
 from topics.group import PositionBroken
 from topics.transaction import Transactor
@@ -300,8 +301,7 @@ async def overtake_between_offsets_and_commit(story):
 
     story.kafka.before = before
     first = asyncio.create_task(old.run())
-    while not reached.is_set():
-        await asyncio.sleep(0.001)
+    await asyncio.to_thread(reached.wait, 20)
     story.give_to("w1")
     second = asyncio.create_task(new.run(until=lambda: story.kafka.read("frontiers")))
     await asyncio.wait({second}, timeout=0.5)
@@ -324,7 +324,6 @@ async def test_everything_is_flushed_before_the_offsets_are_sent(tell, kept):
 async def test_pending_offsets_are_waited_for_and_would_alone_suffice(tell, monkeypatch):
     """The same trace without the barrier: harmless as long as everything is flushed first (the frontier's undecided
     record holds w1 back)."""
-    COVERED.add("no-barrier")
     story = tell(K1)
     asked = []
     monkeypatch.setattr(frontier, "await_pending_offsets", lambda *place: asked.append(place))

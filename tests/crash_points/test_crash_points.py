@@ -1,0 +1,95 @@
+"""A worker that dies, or whose step fails, at any point of a batch: nothing lost, nothing twice, the store right.
+
+The short form: before and after each step of the commit, and a seeded sample of all other points. ``CRASH_POINTS=all``
+takes every point, ``CRASH_SEED`` another sample. The points are found, not listed (see ``doors``); one that is not
+reached fails.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.crash_points.doors import Point
+from tests.crash_points.sweep import (
+    COMMIT_STEPS,
+    Sweep,
+    SweepFailed,
+    Trial,
+    choose_trials,
+    find_points,
+    list_trials,
+    sweep_all,
+)
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(2400)]
+
+SHORT = 13
+"""Runs of the short form."""
+SEED = os.environ.get("CRASH_SEED", "1")
+DOORS = (
+    *COMMIT_STEPS,
+    "Producer.init_transactions",
+    "Consumer.subscribe",
+    "Consumer.poll",
+    "Consumer.incremental_assign",
+    "Consumer.consumer_group_metadata",
+    "AdminClientImpl.list_consumer_group_offsets",
+    "Environment.begin",
+    "Transaction.__exit__",
+    "Redis.Pipeline.execute",
+    "await",
+)
+"""What a batch cannot do without: a recording that lacks one of these is blind."""
+
+
+@pytest.fixture(scope="module")
+def sweep(deploy_for_module):
+    deployment = deploy_for_module(worker__partitions="1")
+    opened = Sweep(deployment)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def points(sweep):
+    return find_points(sweep, print)
+
+
+def test_the_recording_sees_every_kind_of_door(points):
+    assert set(DOORS) <= {point.door for point in points}
+    assert {point.side for point in points} == {"before", "after", "suspended", "resumed"}
+
+
+def test_every_point_is_survived(sweep, points, record_property):
+    trials = list_trials(points)
+    if os.environ.get("CRASH_POINTS") != "all":
+        trials = choose_trials(trials, SEED, SHORT)
+    summary = sweep_all(sweep, trials, print)
+    record_property("sweep", f"seed {SEED}: {summary}")
+    assert summary.deaths + summary.failures == len(trials)
+    assert {trial.point.door for trial in trials} >= set(COMMIT_STEPS)
+
+
+def test_a_point_that_is_never_reached_fails_the_sweep(sweep, points, monkeypatch):
+    monkeypatch.setattr("tests.crash_points.sweep.TRIES", 1)
+    unknown = Point("Producer.commit_transaction", "topics/nowhere.py:1 nothing", "before")
+    with pytest.raises(SweepFailed, match="never reached"):
+        sweep.try_point(Trial(unknown))
+
+
+def test_the_oracle_sees_what_is_missing_doubled_and_stale(sweep, points):
+    """Its own control: the same records judged against what was not sent, and a store that lacks a key."""
+    (folder,) = sweep.deployment.settings.worker.state.glob("*/stripe-0")
+    sweep.oracle.follow_to_end()
+    assert sweep.oracle.judge_store(folder) == []
+    expected = sweep._expect()
+    assert sweep.oracle.judge(expected) == []
+    offset, planned = next((o, p) for o, p in expected if p.fact is not None)
+    assert any("too many" in wrong for wrong in sweep.oracle.judge([p for p in expected if p[0] != offset]))
+    assert any("lost" in wrong for wrong in sweep.oracle.judge([*expected, (10**9, planned)]))
+    key = next(iter(sweep.oracle.stores["seen"]))
+    value = sweep.oracle.stores["seen"].pop(key)
+    assert any("store seen differs" in wrong for wrong in sweep.oracle.judge_store(folder))
+    sweep.oracle.stores["seen"][key] = value
