@@ -2,7 +2,7 @@
 
 SHELL = /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench soak reset
+.PHONY: help setup run test check bench soak faults reset
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -69,6 +69,9 @@ bench: $(STAMP) ## Measure the worker beside other stream libraries; says first 
 
 soak: $(STAMP) ## Does the worker's memory stay flat: 20 minutes at a steady rate, then every event is checked (ARGS=...)
 	@$(PY) -m bench.soak $(ARGS)
+
+faults: $(STAMP) ## Kill, freeze and rob workers for 20 minutes under a steady stream, then judge every record (ARGS=...)
+	@$(PY) -m tests.faults $(ARGS)
 
 reset: ## Stop the embedded stack and remove all data of it (the download cache stays)
 	@if [ -x $(PY) ] && [ -d .remitstream/stack ]; then \

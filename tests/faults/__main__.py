@@ -1,4 +1,4 @@
-"""``python -m tests.faults``: faults of every kind on a real stack, and the verdict whether each money fact is there once."""
+"""``python -m tests.faults``: faults of every kind on a real stack, then whether each money fact is there once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from tests.faults.fleet import find_ports
 from tests.faults.report import build_result, render
 from tests.faults.run import run_plan
 from tests.integration.conftest import CACHE, ROOT
-
 
 PORTS = ("kafka", "controller", "registry", "redis")
 

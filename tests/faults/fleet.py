@@ -369,5 +369,3 @@ class Site:
 def build_dice(seed, name):
     """Dice of their own for each purpose, so that one does not move another."""
     return random.Random(f"{name} {seed}")
-
-

@@ -15,8 +15,15 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import fastavro
-from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
-from confluent_kafka import TopicCollection
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from tests.faults.traffic import RAW_MONEY, RAW_PATIENTS, Fact
@@ -74,7 +81,10 @@ class Tail:
                     yield message
                 elif error.code() == KafkaError._PARTITION_EOF:
                     self._next[place] = max(self._next[place], message.offset())
-                elif not error.retriable() and error.code() not in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT):
+                elif not error.retriable() and error.code() not in (
+                    KafkaError._ALL_BROKERS_DOWN,
+                    KafkaError._TRANSPORT,
+                ):
                     raise KafkaException(error)
 
     def close(self):

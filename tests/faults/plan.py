@@ -73,9 +73,7 @@ def _draw_world(dice, share):
     def some(number, least=1):
         return max(least, round(number * share))
 
-    faults = []
-    for number in range(some(6)):
-        faults.append(Fault("broker", detail=("kill" if number % 2 == 0 else "stop",)))
+    faults = [Fault("broker", detail=("kill" if number % 2 == 0 else "stop",)) for number in range(some(6))]
     faults += [Fault("redis_flush") for _ in range(some(5))]
     faults += [Fault("redis_restart") for _ in range(some(4))]
     moves = MOVES if share > 0.3 else 4

@@ -56,8 +56,10 @@ def render(result):
     lines = [
         "# Fault run",
         "",
-        f"Written by `make faults`; {result['date']}, seed {result['seed']}, {result['minutes']} minutes"
-        f" ({result['machine']}). What is done and how it is judged: [faults.md](../faults.md).",
+        (
+            f"Written by `make faults`; {result['date']}, seed {result['seed']}, {result['minutes']} minutes,"
+            f" {result['machine']}. What is done and how it is judged: [faults.md](../faults.md)."
+        ),
         "",
         "| fault | count |",
         "| --- | ---: |",

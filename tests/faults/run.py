@@ -11,8 +11,8 @@ from collections import Counter
 import redis
 from confluent_kafka import KafkaException
 
-from tests.faults.oracle import Oracle
 from tests.faults.fleet import ONGOING, PREPARED, Site, build_dice
+from tests.faults.oracle import Oracle
 from tests.faults.traffic import RAW_MONEY, Sender, Stream
 
 READY_SECONDS = 20.0
@@ -365,5 +365,3 @@ def run_plan(folder, embedded, plan, *, on_start=lambda _fault_run: None):
         return verdict, fault_run
     finally:
         site.close()
-
-

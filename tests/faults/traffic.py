@@ -163,9 +163,7 @@ class Stream:
         subject = self._build_intent(payment)
         broken = self._break(facility, intent, subject)
         account = f"{facility}-card"
-        fact = Fact(
-            "payments", account, "capture", intent, f"{account}/{intent}", payment.amount, mrn, is_root=True
-        )
+        fact = Fact("payments", account, "capture", intent, f"{account}/{intent}", payment.amount, mrn, is_root=True)
         self.repairs[broken.number] = self._wrap(facility, intent, "payment_intent.succeeded", subject, fact)
         return [broken]
 
@@ -196,9 +194,7 @@ class Stream:
         event = stripe_objects.build_event(
             f"evt_{self.name}{self._numbers}", event_type, CREATED, subject, api_version=stripe_objects.NEW_API
         )
-        return self._add(
-            RAW_MONEY, f"{facility}-card/{entity}", stripe_objects.write_event(event), facility, meaning
-        )
+        return self._add(RAW_MONEY, f"{facility}-card/{entity}", stripe_objects.write_event(event), facility, meaning)
 
     def _admit(self, facility, mrn):
         envelope = Envelope(
