@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 SCHEMA = "delivery_outcome"
 SUBJECT = next(subject for subject, schema in list_subjects(catalog.list_topics((), ())).items() if schema == SCHEMA)
 
+_LONGEST_REFERENCE = 512
+"""Characters of a target's reference that are kept: whatever it sends must not make an outcome too large to write."""
+
 
 class Codecs:
     """Reads canonical events, writes outcomes. Blocking where the registry is asked; make it in a thread."""
@@ -53,7 +56,7 @@ def build_outcome(report: Report, target: str, codecs: Codecs, now_ms: int) -> O
         code=report.code,
         attempt=report.number,
         control_id=report.control_id,
-        reference=report.reference,
+        reference=report.reference[:_LONGEST_REFERENCE],
         decided_at=now_ms,
     )
     return Output(
@@ -61,13 +64,14 @@ def build_outcome(report: Report, target: str, codecs: Codecs, now_ms: int) -> O
         f"{attempt.event_id}|{target}".encode(),
         codecs.encode(outcome),
         [(headers.EVENT_ID, attempt.event_id.encode())],
+        cause=attempt.event_id,
     )
 
 
 def build_report_letter(report: Report, target: str, hop: str, now_ms: int) -> Output:
     """The record for `dlq`: the canonical record as it was read, with the reason. ``hop`` is the canonical record's."""
     attempt = report.attempt
-    return build_dead_letter(
+    letter = build_dead_letter(
         key=attempt.source.key,
         value=attempt.source.value,
         original=attempt.source.headers,
@@ -77,3 +81,5 @@ def build_report_letter(report: Report, target: str, hop: str, now_ms: int) -> O
         origin=attempt.event.origin if attempt.event else hop,
         now_ms=now_ms,
     )
+    letter.cause = attempt.event_id
+    return letter

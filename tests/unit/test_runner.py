@@ -22,15 +22,15 @@ from sinks import runner as module
 from sinks import shards
 from sinks.attempts import decode_entry
 from sinks.catalog import load
-from sinks.contract import Answer, Target
-from sinks.runner import Limits, Runner
+from sinks.contract import Absent, Answer, Found, HttpHead, LookUp, Target, TargetClass, use_nothing
+from sinks.runner import LedgerRefused, Limits, LookUpMissing, Runner
 from sinks.transport import MllpTransport
 from telemetry.metrics import Metrics
 from topics import catalog
 from topics.cluster import KafkaSettings
 from topics.group import Polled, StaleAssignment
 from topics.reading import Record
-from topics.transaction import TransactionAborted
+from topics.transaction import RecordRefused, TransactionAborted
 
 PAYMENTS = (catalog.PAYMENTS, 0)
 TENANCY = Tenancy(
@@ -68,13 +68,15 @@ class Broker:
         self.owned = True
         self.paused = False
         self.before_commit = lambda: None
+        self.refuses = lambda output: False
+        self.is_searching = False
 
-    def publish(self, name, root, kind="capture", value=None):
+    def publish(self, name, root, kind="capture", value=None, padding="e"):
         key = f"stripe:acct:{kind}:{name}"
         event = MoneyEvent(
             event_id=build_event_id(key), transaction_key=key, tenant="acme", facility="north", source="stripe",
             account="acct", kind=kind, status="succeeded", money=Money(100, "USD", 2), occurred_at=1, received_at=1,
-            object_id=name, root=root, source_event_id="e", patient=Reference("NORTH", "MR", f"N-{root}"),
+            object_id=name, root=root, source_event_id=padding, patient=Reference("NORTH", "MR", f"N-{root}"),
             mapping_version="1", origin="t:0:0",
         )  # fmt: skip
         encoded = wire.Encoder("money_event", 2).encode(event) if value is None else value
@@ -148,6 +150,12 @@ class Group:
             self.broker.aborts -= 1
             await self.rewind()
             raise TransactionAborted("TEST")
+        for index, output in enumerate(outputs):
+            if self.broker.refuses(output):
+                # First known only to be among them, then by name, as the producer does it.
+                self.broker.is_searching = not self.broker.is_searching
+                named = (None, None) if self.broker.is_searching else (index, output.cause)
+                raise RecordRefused(named[0], "MSG_SIZE_TOO_LARGE", named[1])
         self.broker.commits += 1
         self.broker.committed += outputs
         for output in outputs:
@@ -584,3 +592,87 @@ async def test_status_counts_what_is_open(world):
     assert status["states"]["PARKED"] == 1
     assert status["oldest_seconds"] >= 0
     assert status["class"] == "D"
+
+
+@pytest.mark.parametrize("limit", [1400, 1000])
+async def test_a_record_the_broker_refuses_is_a_dead_letter_and_the_others_go_on(world, limit):
+    bad = world.broker.publish("pi_1", "pi_1", padding="9" * 900)
+    others = [world.broker.publish(f"pi_{n}", f"pi_{n}") for n in range(2, 30)]
+    world.broker.refuses = lambda output: len(output.value or b"") > limit
+    async with world.running():
+        await world.until(lambda: len(world.broker.outcomes()) == 29)
+        await world.until(lambda: len(world.broker.attempts) == 1)
+    outcomes = world.broker.outcomes()
+    assert outcomes[bad] == ("dead_lettered", "MSG_SIZE_TOO_LARGE")
+    assert {outcomes[other] for other in others} == {("posted", "MSA_AA")}
+    assert sorted(world.receiver.received) == sorted(f"pi_{n}" for n in range(2, 30))
+    (letter,) = world.broker.letters()
+    assert letter["hop"] == b"P:0:0"
+    (value,) = [output.value for output in world.broker.committed if output.topic == catalog.DLQ]
+    # Where even the event alone is too large, the hop says where it is.
+    assert (value == b"") == (limit == 1000)
+
+
+async def test_a_record_that_cannot_be_made_smaller_stops_the_deliverer(world):
+    world.broker.publish("pi_1", "pi_1")
+    world.broker.refuses = lambda output: output.topic.startswith("attempts.")
+    with pytest.raises(LedgerRefused):
+        await asyncio.wait_for(world.build().run(), 20)
+    assert world.receiver.received == []
+
+
+class AskedTransport(JudgingTransport):
+    """Can be asked; ``findings`` come first, then nothing is ever there."""
+
+    def __init__(self, answers, findings):
+        super().__init__(answers)
+        self.findings = findings
+        self.asked = []
+
+    async def find(self, request, first_write_at, before_write):
+        before_write()
+        assert first_write_at > 1_600_000_000_000
+        self.asked.append(request.control_id)
+        finding = self.findings.pop(0) if self.findings else Absent()
+        if isinstance(finding, Exception):
+            raise finding
+        return finding
+
+
+def make_asked(target):
+    head = HttpHead(
+        sandbox="", production="", rates=(), credential=lambda _settings, _url: use_nothing(),
+        examine=lambda *_: None, look_up=LookUp(ask=lambda request, *_: request, read=lambda *_: None),
+    )  # fmt: skip
+    return replace(target, classify=lambda _settings: TargetClass.C, http=head)
+
+
+@pytest.mark.parametrize("finding", [Found("doc-1"), Absent(), Failure(FailureKind.UNAVAILABLE, "CONNECT_FAILED")])
+async def test_class_c_is_asked_before_it_is_posted_again(world, finding):
+    event_id = world.broker.publish("pi_1", "pi_1")
+    transport = AskedTransport([Answer(FailureKind.AMBIGUOUS, "HTTP_502")], [finding])
+    async with world.running(target=make_asked(world.target), transport=lambda _settings: transport):
+        await world.until(world.broker.outcomes)
+    is_found = isinstance(finding, Found)
+    assert world.broker.outcomes() == {event_id: ("posted", "SEEN_THERE" if is_found else "HTTP_200")}
+    assert len(transport.sent) == (1 if is_found else 2)
+    assert len(transport.asked) == (2 if isinstance(finding, Failure) else 1)
+    assert world.broker.attempts == {}
+
+
+async def test_an_old_lease_withdraws_a_look_up(world):
+    world.broker.publish("pi_1", "pi_1")
+    transport = AskedTransport([Answer(FailureKind.AMBIGUOUS, "HTTP_502")], [])
+    async with world.running(target=make_asked(world.target), transport=lambda _settings: transport):
+        await world.until(lambda: transport.sent)
+        world.broker.heartbeat_age = 60.0
+        await asyncio.sleep(0.2)
+        assert transport.asked == []
+        world.broker.heartbeat_age = 0.0
+        await world.until(world.broker.outcomes)
+    assert len(transport.asked) == 1
+
+
+async def test_class_c_without_a_look_up_is_refused_at_the_start(world):
+    with pytest.raises(LookUpMissing, match="class C"):
+        world.build(target=replace(world.target, classify=lambda _settings: TargetClass.C))
