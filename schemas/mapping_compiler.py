@@ -146,6 +146,8 @@ class _Builder:
         self._write_read()
         mapping = self._mapping
         for event_type in dict.fromkeys((*mapping.rules, *mapping.evidence, *mapping.not_money)):
+            if "redacted]" in event_type or not event_type.strip():
+                continue  # bodies of such a type are failures
             name = self.handlers[event_type] = f"read_{len(self.handlers)}"
             self._write_handler(name, event_type)
         for key, attributes in self._overlays.items():
@@ -164,7 +166,10 @@ class _Builder:
                 out.add("return None")
             out.add("data = decode(body)")
             out.sure.add("data")
-            event_type = _Fields(out).read_text(self._mapping.event_type, View("data", self.body))
+            found = out.evaluate(self._mapping.event_type, View("data", self.body))
+            with out.block(f"if {found}.__class__ is str and {found} in handlers:"):
+                out.add(f"return handlers[{found}](data)")
+            event_type = _Fields(out).check_text(found)
             out.add(f"handler = handlers.get({event_type})")
             out.add(f"return Skipped(UNKNOWN_TYPE, {event_type}) if handler is None else handler(data)")
         with out.block("except NOT_ORDINARY:"):
@@ -289,7 +294,7 @@ class _Fields:
     def read_text(self, expression: Expression, view: View) -> str:
         """Text that must be there."""
         name = self._out.evaluate(expression, view)
-        return self._out.share(("text", name), lambda: self._check_text(name))
+        return self._out.share(("text", name), lambda: self.check_text(name))
 
     def read_optional_text(self, expression: Expression | None, view: View) -> str:
         """Text or None."""
@@ -341,14 +346,15 @@ class _Fields:
             place = f"{target}[{attribute.name!r}]"
             if attribute.required:
                 text = out.assign(f"{found} if {found}.__class__ is str else as_attribute({found})")
-                out.add(f"{place} = {out.share(('text', text), lambda text=text: self._check_text(text))}")  # type: ignore[misc]
+                out.add(f"{place} = {out.share(('text', text), lambda text=text: self.check_text(text))}")  # type: ignore[misc]
                 continue
             with out.block(f"if {found} is not None:"):
                 text = out.assign(f"{found} if {found}.__class__ is str else as_attribute({found})")
                 with out.block(f"if {text}:"):
                     out.add(f"{place} = {text}")
 
-    def _check_text(self, found: str) -> str:
+    def check_text(self, found: str) -> str:
+        """Text of a value that must be there."""
         out = self._out
         name = out.assign(f"{found} if {found}.__class__ is str else as_text({found})")
         with out.block(f"if not {name} or 'redacted]' in {name} or {name}.isspace():"):

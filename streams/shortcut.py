@@ -49,11 +49,10 @@ class _People:
         self.visit_authority_key = f"{self.rule.visit_key}_{key}" if key else None
         self.guarantor_authority_key = f"{self.rule.guarantor_key}_{key}" if key else None
 
-    def find_authority(self, metadata: dict[Any, Any], key: str | None) -> str:
+    def find_authority(self, value: Any) -> str:
         """The authority that a member names, else the facility's. Raises ``NotOrdinary`` for an unknown one."""
-        value = metadata.get(key)
-        text = None if value is None else _read_text(value)
-        if text is None:
+        text = "" if value is None else _read_text(value)
+        if not text:
             return self.default
         authority = self.authorities.get(text)
         if authority is None:
@@ -212,26 +211,31 @@ def _build_template(source: str, participant: Participant, rule: Rule, tenant: s
 def _name_people(event: MoneyEvent, metadata: dict[Any, Any], people: _People) -> None:
     rule, get = people.rule, metadata.get  # a key that the rule leaves out is None, which no JSON object has
     value = get(rule.metadata_key)
-    if value is not None and (text := _read_text(value)) is not None:
-        event.patient = Reference(people.find_authority(metadata, people.authority_key), rule.id_type, text)
+    if value is not None and (text := _read_text(value)):
+        key = people.authority_key
+        authority = people.find_authority(metadata[key]) if key in metadata else people.default
+        event.patient = Reference(authority, rule.id_type, text)
     value = get(rule.visit_key)
-    if value is not None and (text := _read_text(value)) is not None:
-        event.visit = Reference(people.find_authority(metadata, people.visit_authority_key), VISIT_TYPE, text)
+    if value is not None and (text := _read_text(value)):
+        key = people.visit_authority_key
+        authority = people.find_authority(metadata[key]) if key in metadata else people.default
+        event.visit = Reference(authority, VISIT_TYPE, text)
     value = get(rule.guarantor_key)
-    if value is not None and (text := _read_text(value)) is not None:
-        authority = people.find_authority(metadata, people.guarantor_authority_key)
+    if value is not None and (text := _read_text(value)):
+        key = people.guarantor_authority_key
+        authority = people.find_authority(metadata[key]) if key in metadata else people.default
         event.guarantor_account = Reference(authority, GUARANTOR_TYPE, text)
     value = get(rule.invoice_key)
     if value is not None:
-        event.invoice = _read_text(value)
+        event.invoice = _read_text(value) or None
     value = get(rule.claim_key)
     if value is not None:
-        event.claim = _read_text(value)
+        event.claim = _read_text(value) or None
 
 
-def _read_text(value: Any) -> str | None:
-    """Text without the white space around it, None when there is nothing else."""
-    text = value if value.__class__ is str else as_text(value)
+def _read_text(value: Any) -> str:
+    """Text without the white space around it."""
+    text: str = value if value.__class__ is str else as_text(value)
     if "redacted]" in text:
         raise NotOrdinary
-    return text.strip() or None
+    return text.strip()

@@ -165,7 +165,7 @@ def test_any_expression_reads_the_same(texts, focus, token, value, required, sho
 
 
 def test_many_of_them_were_answered():
-    assert answers["answered"] > answers["asked"] * 0.2 > 0
+    assert answers["answered"] > answers["asked"] * 0.05 > 0
 
 
 @settings(max_examples=100, deadline=None)
