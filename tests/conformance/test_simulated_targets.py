@@ -21,7 +21,7 @@ from schemas.tenancy import Authority, Facility
 from sinks.catalog import load
 from sinks.contract import Absent, Found, PostingContext, TargetClass, Unclear
 from sinks.transport import open_transport
-from tests.conformance.test_targets import FIXTURES
+from tests.conformance.test_targets import find_fixtures
 
 MRN = Reference("NORTH", "MR", "100234")
 CONTEXT = PostingContext(
@@ -85,7 +85,7 @@ class Link:
         self.writes = []
 
     async def open(self, **changes):
-        given = json.loads((FIXTURES / self.target.name / "settings.json").read_text("utf-8"))
+        given = json.loads((find_fixtures(self.target.name) / "settings.json").read_text("utf-8"))
         given |= {"environment": "simulator", "simulator_url": self.receiver.url, "call_deadline_seconds": 0.5}
         if "token_folder" in given:
             given["token_folder"] = str(self._folder / "tokens")

@@ -1,11 +1,14 @@
 """What every target connector must keep, by its fixtures in ``tests/fixtures/targets/<name>/``.
 
-A new target inherits these tests by having a file in ``sinks/targets/`` and fixtures; nothing is edited here.
+A new target inherits these tests by having a file in ``sinks/targets/`` and fixtures; nothing is edited here. Those of
+a folder of one's own are tested when the setting that names it is in the environment
+(``REMITSTREAM_CONNECTORS__TARGETS``): their mappings lie beside them, their fixtures in ``fixtures/<name>/``.
 """
 
 import ast
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -26,23 +29,38 @@ from sinks.policy import Policy
 from sinks.transport import judge_response, read_completion, read_finding
 
 ROOT = Path(__file__).parents[2]
-FIXTURES = ROOT / "tests" / "fixtures" / "targets"
-TARGETS = discover()
+OWN = Path(os.environ["REMITSTREAM_CONNECTORS__TARGETS"]) if "REMITSTREAM_CONNECTORS__TARGETS" in os.environ else None
+TARGETS = discover(OWN)
 OVER_HTTP = [name for name, target in TARGETS.items() if target.transport == "http"]
 WITH_LOOK_UP = [name for name in OVER_HTTP if TARGETS[name].http.look_up is not None]
 NOW = 1_772_355_606.0  # Sun, 01 Mar 2026 09:00:06 GMT
+
+
+def find_parts(name):
+    """The target's file, its mapping and its fixtures."""
+    if OWN is not None and (OWN / f"{name}.py").exists():
+        return OWN / f"{name}.py", OWN / f"{name}.yaml", OWN / "fixtures" / name
+    return (
+        ROOT / "sinks" / "targets" / f"{name}.py",
+        ROOT / "sinks" / "mappings" / f"{name}.yaml",
+        ROOT / "tests" / "fixtures" / "targets" / name,
+    )
+
+
+def find_fixtures(name):
+    return find_parts(name)[2]
 
 
 def read_cases(kind):
     return [
         pytest.param(name, json.loads(path.read_text("utf-8")), id=f"{name}-{path.stem}")
         for name in TARGETS
-        for path in sorted((FIXTURES / name / kind).glob("*.json"))
+        for path in sorted((find_fixtures(name) / kind).glob("*.json"))
     ]
 
 
 def build_settings(name, overrides=None):
-    given = json.loads((FIXTURES / name / "settings.json").read_text("utf-8"))
+    given = json.loads((find_fixtures(name) / "settings.json").read_text("utf-8"))
     return TARGETS[name].settings.model_validate(given | (overrides or {}))
 
 
@@ -80,7 +98,7 @@ def first_case(name):
 def find_case(name, stem):
     if stem is None:
         return first_case(name)
-    return json.loads((FIXTURES / name / "requests" / f"{stem}.json").read_text("utf-8"))
+    return json.loads((find_fixtures(name) / "requests" / f"{stem}.json").read_text("utf-8"))
 
 
 def fill(text, request):
@@ -124,7 +142,7 @@ def test_the_key_is_a_function_of_event_and_instance_alone(name, case):
     assert freeze(name, later)[0].control_id == request.control_id
     assert freeze(name, later)[0].reference == request.reference
     other_event = {**case, "event": {**case["event"], "event_id": "f" * 32}}
-    differences = FIXTURES / name / "another.json"
+    differences = find_fixtures(name) / "another.json"
     another = json.loads(differences.read_text("utf-8")) if differences.exists() else {"name": "another"}
     other_instance = {**case, "settings": {**case["settings"], **another}}
     for other in (other_event, other_instance):
@@ -259,7 +277,7 @@ def test_retry_after_is_taken_in_both_forms_and_bounded(name, status, headers, s
 @pytest.mark.parametrize("name", OVER_HTTP)
 def test_no_secret_is_in_what_is_frozen_or_shown(name):
     request, settings = freeze(name, first_case(name))
-    given = json.loads((FIXTURES / name / "settings.json").read_text("utf-8"))
+    given = json.loads((find_fixtures(name) / "settings.json").read_text("utf-8"))
     secrets = [value for value in given.values() if isinstance(value, str) and value.startswith("planted-")]
     assert secrets
     frozen = f"{request.body!r} {request.method} {request.url} {request.headers}"
@@ -312,7 +330,7 @@ def test_neither_repr_nor_log_nor_failure_shows_a_patient(name, caplog):
     case = first_case(name)
     event = {**case["event"], "object_id": "Zebra-Planted-Text-" * 10, "visit": {
         "authority": "NORTH", "id_type": "VN", "value": "PLANTEDVISIT"}}  # fmt: skip
-    path = FIXTURES / name / "planted.json"
+    path = find_fixtures(name) / "planted.json"
     given = json.loads(path.read_text("utf-8")) if path.exists() else {"mrn": "PLANTEDMRN"}
     planted = {**case, "event": event, "context": {**case["context"], "mrn": {
         "authority": "NORTH", "id_type": "MR", "value": given["mrn"]}}}  # fmt: skip
@@ -333,7 +351,7 @@ def test_neither_repr_nor_log_nor_failure_shows_a_patient(name, caplog):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_file_is_pure_and_documented(name):
-    path = ROOT / "sinks" / "targets" / f"{name}.py"
+    path = find_parts(name)[0]
     tree = ast.parse(path.read_text("utf-8"))
     imported = {
         alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
@@ -349,7 +367,7 @@ def test_the_file_is_pure_and_documented(name):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_its_mapping_passes_its_own_check(name):
-    path = ROOT / "sinks" / "mappings" / f"{name}.yaml"
+    path = find_parts(name)[1]
     assert check_files([path]) == []
 
 

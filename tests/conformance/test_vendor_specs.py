@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.conformance.test_targets import FIXTURES, fill, freeze, read_cases
+from tests.conformance.test_targets import fill, find_fixtures, freeze, read_cases
 
 SPECS = Path(os.environ.get("REMITSTREAM_SHARED", Path(__file__).parents[3] / "shared")) / "specs"
 
@@ -109,7 +109,7 @@ def test_a_request_is_one_the_vendor_describes(name, case):
 @pytest.mark.parametrize(("name", "case"), list_cases("look_ups"))
 def test_a_question_is_one_the_vendor_describes(name, case):
     path, spurious = VENDORS[name]
-    wanted = json.loads((FIXTURES / name / "requests" / f"{case['request']}.json").read_text("utf-8"))
+    wanted = json.loads((find_fixtures(name) / "requests" / f"{case['request']}.json").read_text("utf-8"))
     request, _ = freeze(name, wanted)
     for page in case["pages"]:
         check_call(load_document(path), "GET", fill(page["url"], request), (), b"", spurious)

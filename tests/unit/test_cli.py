@@ -96,7 +96,7 @@ def test_every_promised_command_is_there():
     assert {" ".join(path) for path in COMMANDS} == {
         "receive", "listen", "worker", "project", "deliver", "sandbox", "run", "trace", "account", "init", "tables",
         "topics list", "topics apply", "topics check", "topics move-frontier", "schemas check", "schemas register",
-        "stack up", "stack down", "stack status", "stack reset", "config check", "config show", "mapping check",
+        "stack up", "stack down", "stack status", "stack reset", "config check", "config show", "mapping check", "connectors",
     }  # fmt: skip
 
 
