@@ -36,7 +36,10 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix="crash-points-"))
     deployment = sweep = None
     try:
-        deployment = Deployment(folder, stack.up(), {"worker.partitions": "1"})
+        # State and secrets lie beside a deployment's folder.
+        own = folder / "deployment"
+        own.mkdir()
+        deployment = Deployment(own, stack.up(), {"worker.partitions": "1"})
         deployment.provision()
         sweep = Sweep(deployment)
         trials = [trial for trial in list_trials(find_points(sweep, say)) if arguments.only in str(trial)]

@@ -192,7 +192,10 @@ class Sweep:
         reached = marker.exists() if trial.failure else code == DIED
         survived = code is None
         if survived:
-            self._stop()
+            # A step that failed at the very end may end the worker just now.
+            survived = self._stop() == 0
+            if not survived and not trial.failure:
+                raise SweepFailed(f"{trial}: a told worker did not end well\n{self.deployment.read_logs()}")
         elif code not in {DIED, 0} and not trial.failure:
             raise SweepFailed(f"{trial}: the worker ended by itself, exit code {code}\n{self.deployment.read_logs()}")
         if not survived:
@@ -211,9 +214,9 @@ class Sweep:
                 return code
             self.oracle.follow(0.02)
             if self._is_done():
-                # What is to happen may come after the commit: a while of idle polls is given to it.
+                # What is to happen may come after the commit, and its end a little later: a while is given to it.
                 done_at = done_at or time.monotonic()
-                if is_reached() or time.monotonic() - done_at > 1.5:
+                if time.monotonic() - done_at > (0.5 if is_reached() else 1.5):
                     return None
         raise SweepFailed(f"the worker neither ends nor finishes\n{self.deployment.read_logs()}")
 
@@ -229,14 +232,14 @@ class Sweep:
                 raise SweepFailed(f"after {trial}: the clean worker ended, {code}\n{self.deployment.read_logs()}")
             if time.monotonic() > until:
                 raise SweepFailed(f"after {trial}: the clean worker does not finish\n{self._describe()}")
-        self._stop()
+        code = self._stop()
+        if code != 0:
+            raise SweepFailed(f"after {trial}: the clean worker ended with {code}\n{self.deployment.read_logs()}")
 
     def _stop(self):
-        """End the worker as an operator does, so that its store is current."""
+        """End the worker as an operator does, so that its store is current; its exit code."""
         self.nursery.signal(signal.SIGTERM)
-        code = self.nursery.wait(30)
-        if code != 0:
-            raise SweepFailed(f"a told worker ended with {code}\n{self.deployment.read_logs()}")
+        return self.nursery.wait(30)
 
     def _expect(self):
         """All that was sent; the last run's late records still wait."""
