@@ -239,7 +239,7 @@ class GroupConsumer(Generic[R]):
                 "the topics do not exist.", place=", ".join(missing), remedy="Run `remitstream topics apply`."
             )
         self._transactor.open()
-        self._lease = Lease()
+        self._lease = Lease(is_nameless=self._membership is Membership.SERVER)
         session = self._kafka.session_timeout_seconds * 1000
         self._consumer = Consumer(
             self._kafka.build_client(self._instance)

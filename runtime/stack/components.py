@@ -203,9 +203,11 @@ class Kafka:
             "share.coordinator.state.topic.num.partitions": 1,
             "group.initial.rebalance.delay.ms": 0,
             "group.min.session.timeout.ms": 6000,
-            # the defaults allow nothing below 45 s; fault tests set 6 s and 1 s for their groups
+            # with worker.group_protocol = consumer the broker sets the session: 45 s by default, and nothing below
             "group.consumer.min.session.timeout.ms": 6000,
+            "group.consumer.session.timeout.ms": 6000,
             "group.consumer.min.heartbeat.interval.ms": 1000,
+            "group.consumer.heartbeat.interval.ms": 1000,
             # a topic without its own setting loses nothing, and neither does a group that slept for a month
             "log.retention.ms": -1,
             "offsets.retention.minutes": _TEN_YEARS_MINUTES,

@@ -241,6 +241,18 @@ async def test_a_second_member_makes_a_batch_in_hand_stale(make_place, membershi
 
 
 @pytest.mark.parametrize("membership", list(Membership))
+async def test_heartbeats_are_known_to_have_arrived(make_place, membership):
+    place = make_place()
+    member = await place.join(membership=membership)
+    async with asyncio.timeout(60):
+        while not member.frontiers():
+            await member.poll(1, 0.1)
+        assigned_at = member.last_heartbeat
+        while member.last_heartbeat < assigned_at + 2:
+            await member.poll(1, 0.1)
+
+
+@pytest.mark.parametrize("membership", list(Membership))
 async def test_a_member_that_leaves_gives_its_partitions_to_the_rest(make_place, membership):
     place = make_place(3)
     place.membership = membership

@@ -49,9 +49,15 @@ def find_two_ports():
         return port
 
 
-def test_two_workers_share_the_work_and_one_that_is_killed_comes_back(deploy):
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+def test_two_workers_share_the_work_and_one_that_is_killed_comes_back(deploy, protocol):
     port = find_two_ports()
-    deployment = deploy(worker__partitions="4", worker__batch_records="25", health__worker=str(port))
+    deployment = deploy(
+        worker__partitions="4",
+        worker__batch_records="25",
+        worker__group_protocol=protocol,
+        health__worker=str(port),
+    )
     deployment.ports |= {"worker": port, "second": port + 1}
     plant = Plant(deployment)
     entities = 500

@@ -75,3 +75,16 @@ def test_assignment_begins_a_lease():
     lease = Lease(clock)
     lease.begin()
     assert lease.renewed_at == 100.0
+
+
+def test_where_heartbeats_have_no_name_the_nameless_requests_count():
+    lease = Lease(Clock(), is_nameless=True)
+    lease.take_statistics(report(1.0, 2, 5, 5, join_state="init"))
+    lease.take_statistics(report(1.5, 4, 7, 7, join_state="init"))
+    assert lease.renewed_at == 101.0, "named ones count as ever"
+    lease.take_statistics(report(2.0, 4, 7, 7, join_state="init"))
+    assert lease.renewed_at == 101.0
+    lease.take_statistics(report(2.5, 4, 8, 8, join_state="init"))
+    assert lease.renewed_at == 102.0
+    lease.take_statistics(report(3.0, 4, 9, 8, join_state="init"))
+    assert lease.renewed_at == 102.0, "not answered"
