@@ -60,7 +60,7 @@ class DecisionFeed:
     def read(self, partitions: frozenset[Partition]) -> list[Decision]:
         """See ``Feed``."""
         if self._reader is None:
-            self._reader = TopicReader(self._kafka, self._topic)
+            self._reader = TopicReader(self._kafka, self._topic, fetch_wait=1000)
         try:
             if partitions != self._followed:
                 self._reader.assign({}, sorted({partition for _, partition in partitions}))
@@ -136,19 +136,20 @@ class Decisions:
         return True
 
     def _apply(self, ledger: Ledger, attempt: Attempt, decision: Decision, intake: Intake, moment: Moment) -> Ruling:
-        match decision.action:
-            case Action.WAIVE:
-                ledger.end_by_person(attempt, decision, Outcome.WAIVED)
-            case Action.POSTED:
-                ledger.end_by_person(attempt, decision, Outcome.POSTED)
-            case Action.NOT_POSTED:
-                ledger.send_again(attempt, decision, moment)
-            case _:
-                try:
-                    return self._redrive(ledger, attempt, decision, intake, moment)
-                except TemporaryError:
-                    # A writer's schema we have not met, and the registry is down: nothing was changed.
-                    return Ruling.WAIT
+        try:
+            if attempt.event is None:
+                # Its outcome tells facility and kind.
+                attempt.event, _ = intake.decode(attempt.source.value)
+            if decision.action == Action.REDRIVE:
+                return self._redrive(ledger, attempt, decision, intake, moment)
+        except TemporaryError:
+            # A writer's schema we have not met, and the registry is down: nothing was changed.
+            return Ruling.WAIT
+        if decision.action == Action.NOT_POSTED:
+            ledger.send_again(attempt, decision, moment)
+        else:
+            outcome = Outcome.WAIVED if decision.action == Action.WAIVE else Outcome.POSTED
+            ledger.end_by_person(attempt, decision, outcome)
         return Ruling.APPLIED
 
     @staticmethod
