@@ -1,7 +1,8 @@
 """Parent of workers: imports everything once, then forks one worker for each line it is given.
 
 A line is JSON: ``config`` and ``arguments`` as the command line has them, ``log``, and what shall happen: ``record`` (a
-file), ``die`` (a point), or ``fail`` (point, kind of failure, file to create). Answers, one a line: ``["pid", n]`` when
+file), ``die`` (a point), or ``fail`` (point, kind of failure, file to create); ``store_first`` breaks a rule of the
+worker. Answers, one a line: ``["pid", n]`` when
 it runs, ``["exit", n, code]`` when it is over (a signal's number negative).
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from runtime.roles import worker
 from runtime.settings import read_settings
+from streams.batch import Batch
 from tests.crash_points.doors import Killer, Point, Recorder, Saboteur, Watch
 
 
@@ -28,12 +30,25 @@ def choose_watch(order):
     return None
 
 
+def change_store_first():
+    """Negative control: the local store changes before the commit."""
+    commit = Batch.commit
+
+    async def change_then_commit(self, decision):
+        decision.apply()
+        return await commit(self, decision)
+
+    Batch.commit = change_then_commit
+
+
 def run(order):
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     settings = read_settings(Path(order["config"]), [tuple(pair) for pair in order["overrides"]])
+    if order.get("store_first"):
+        change_store_first()
     watch = choose_watch(order)
     if watch is not None:
         watch.install()

@@ -144,6 +144,10 @@ class Sweep:
         self.deployment = deployment
         self.run = 0
         self.sent = []
+        self.patience = 60
+        """Seconds for one worker to finish."""
+        self.options = {}
+        """Of every worker that is to die or fail."""
         settings = deployment.settings
         self._ids = find_ids(Registry(settings.registry), settings.topics)
         self._hmac = HmacKey(settings.secrets.hmac_key.get_secret_value().encode())
@@ -185,9 +189,9 @@ class Sweep:
         self._send()
         marker = self.deployment.folder / f"reached-{self.run}"
         if trial.failure:
-            self.nursery.start(fail=[trial.point, trial.failure, str(marker)])
+            self.nursery.start(fail=[trial.point, trial.failure, str(marker)], **self.options)
         else:
-            self.nursery.start(die=trial.point)
+            self.nursery.start(die=trial.point, **self.options)
         code = self._await_end(lambda: trial.failure and marker.exists())
         reached = marker.exists() if trial.failure else code == DIED
         survived = code is None
@@ -206,7 +210,7 @@ class Sweep:
 
     def _await_end(self, is_reached):
         """Wait for the worker's end: its exit code, or None when it lives and all is done."""
-        until = time.monotonic() + 45
+        until = time.monotonic() + self.patience
         done_at = None
         while time.monotonic() < until:
             code = self.nursery.poll()
@@ -223,7 +227,7 @@ class Sweep:
     def _finish(self, trial=None):
         """A clean worker does what is left."""
         self.nursery.start()
-        until = time.monotonic() + 45
+        until = time.monotonic() + self.patience
         # Ready means that its store has caught up.
         while not (self._is_done() and self.deployment.is_ready("worker")):
             self.oracle.follow(0.02)
@@ -264,10 +268,10 @@ class Sweep:
             raise SweepFailed(f"after {trial}:\n" + "\n".join(wrong[:20]) + f"\n{self.deployment.read_logs()}")
 
     def _describe(self):
-        return (
-            f"frontier {self.oracle.frontier} of {len(self.sent)}, waiting {len(self.oracle.stores['waiting'])}\n"
-            f"{self.deployment.read_logs()}"
-        )
+        wrong = "\n".join(self.oracle.judge(self._expect())[:20])
+        waiting = len(self.oracle.stores["waiting"])
+        place = f"frontier {self.oracle.frontier} of {len(self.sent)}, {waiting} waiting"
+        return f"{place}\n{wrong}\n{self.deployment.read_logs()}"
 
     # What is sent.
 

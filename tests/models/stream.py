@@ -133,15 +133,13 @@ class Worker:
         await self.feeder.start()
         return self
 
-    async def fetch(self, tries=100):
-        """The next batch that holds records or can release some; None when there is none."""
-        for _ in range(tries):
+    async def fetch(self):
+        """The next batch that holds records or can release some."""
+        for _ in range(400):
             batch = await self.feeder.next_batch()
             if batch is not None:
                 return batch
-            if self.feeder.group.is_ready() and not self.feeder._pending and tries < 100:
-                return None
-        return None
+        raise AssertionError("no batch comes")
 
     async def look(self):
         """Poll until the assignment is known and loaded; gives no batch out."""
