@@ -142,9 +142,7 @@ def describe_cost(row: dict[str, Any], name: str) -> str:
 
 def print_table(console: Console, report: dict[str, Any]) -> None:
     """All that is known, microseconds a key."""
-    table = Table(
-        title="stores of seen keys, batches of 2,000: CPU microseconds a key (* elapsed ones, on a busy machine too long)"
-    )
+    table = Table(title="stores of seen keys, batches of 2,000: CPU us a key (* elapsed, too long on a busy machine)")
     for name in (
         "store",
         "keys",
