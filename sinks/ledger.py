@@ -32,6 +32,7 @@ from sinks.attempts import (
     BEHIND_ENTITY,
     BY_PERSON,
     NEVER,
+    SHELVED,
     Attempt,
     Entry,
     Failed,
@@ -41,11 +42,14 @@ from sinks.attempts import (
     Source,
     State,
     build_entry,
+    decode_entry,
     encode_entry,
     restore_attempt,
+    restore_payload,
 )
 from sinks.contract import Absent, Answer, Finding, Found, Request, TargetClass, Unclear
 from sinks.policy import Moment, Policy, Step
+from sinks.shelf import Shelf
 
 if TYPE_CHECKING:
     from schemas.events import Decision, MoneyEvent
@@ -78,6 +82,9 @@ class Ledger:
         self.position = 0
         self.frontier = 0
         self.attempts: dict[str, Attempt] = {}
+        self.shelved = 0
+        """Events whose bytes are on the shelf: stopped, and small in memory."""
+        self._shelf = Shelf()
         self._line: deque[Attempt] = deque()
         self._entities: dict[str, list[Attempt]] = {}
         self._ready: deque[Attempt] = deque()
@@ -90,11 +97,17 @@ class Ledger:
 
     def restore(self, event_id: str, entry: Entry) -> None:
         """Take an entry of the changelog (the last one of its key)."""
-        self.attempts[event_id] = restore_attempt(event_id, entry)
+        self.forget(event_id)
+        attempt = restore_attempt(event_id, entry)
+        self.attempts[event_id] = attempt
+        if attempt.is_stopped:
+            self._shelve(attempt)
 
     def forget(self, event_id: str) -> None:
         """Take a tombstone of the changelog."""
-        self.attempts.pop(event_id, None)
+        attempt = self.attempts.pop(event_id, None)
+        if attempt is not None and attempt.is_shelved:
+            self.shelved -= 1
 
     def open(self, frontier: int, moment: Moment) -> None:
         """Begin at the frontier: what was IN_FLIGHT is now UNKNOWN, and nothing of it starts before its writes end."""
@@ -178,6 +191,7 @@ class Ledger:
             attempt = self._ready.popleft()
             attempt.is_queued = False
             if self._may_begin(attempt, moment):
+                self.fetch(attempt)
                 found.append(attempt)
         return found
 
@@ -190,6 +204,7 @@ class Ledger:
         """IN_FLIGHT with its frozen request; the call may begin once this is durable."""
         if attempt.request is None:
             attempt.request = request
+            attempt.place = None
             attempt.frozen_at = moment.wall
         attempt.is_first_write = not attempt.first_write_at
         if attempt.is_first_write:
@@ -342,12 +357,13 @@ class Ledger:
             if not attempt.source.value:
                 return False
             attempt.source = Source(attempt.source.key, b"")
+            attempt.place = None
             self._touch(attempt)
             return True
         if attempt.calling:
             attempt.calling = False
             attempt.number -= 1
-        attempt.request = None
+        attempt.request = attempt.place = None
         attempt.first_write_at = attempt.frozen_at = 0
         self.reject(attempt, FailureKind.INVALID, code, moment, outcome=Outcome.DEAD_LETTERED)
         return True
@@ -363,6 +379,7 @@ class Ledger:
         attempt.retry_at = moment.wall + int(pause * 1000)
         self._schedule(attempt, moment.steady + pause)
         if put_off:
+            self._shelve(attempt)
             return
         self._touch(attempt)
         if attempt.outcome != Outcome.PARKED:
@@ -377,7 +394,10 @@ class Ledger:
         if attempt is None or attempt.state is State.DONE:
             return None
         named = (decision.topic, decision.offset, decision.attempt, decision.round)
-        return attempt if named == (self.topic, attempt.offset, attempt.number, attempt.round) else None
+        if named != (self.topic, attempt.offset, attempt.number, attempt.round):
+            return None
+        self.fetch(attempt)
+        return attempt
 
     def rule(self, attempt: Attempt, decision: Decision, moment: Moment) -> Ruling:
         """Whether a decision about this attempt may be acted on now.
@@ -428,7 +448,7 @@ class Ledger:
         """A person redrives a refused event: a new request is built, with the mapping and settings of now."""
         self._take_decision(attempt, decision, Ruling.APPLIED)
         attempt.source, attempt.event = source, event
-        attempt.request = None
+        attempt.request = attempt.place = None
         attempt.frozen_at = attempt.first_write_at = attempt.tries = 0
         queue = self._entities[attempt.entity]
         if queue[0] is attempt:
@@ -464,6 +484,7 @@ class Ledger:
                 if attempt.recorded:
                     records.append((event_id, None))
             else:
+                self.fetch(attempt)
                 records.append((event_id, encode_entry(build_entry(attempt, self.topic))))
         return Flush(records, list(self._reports), frontier, passed, list(changed.values()))
 
@@ -482,7 +503,29 @@ class Ledger:
             self._dirty.pop(attempt.event_id, None)
             if attempt.state is State.DONE and attempt.offset < flush.frontier:
                 self.attempts.pop(attempt.event_id, None)
+            elif attempt.is_stopped and not attempt.is_queued:
+                self._shelve(attempt)
         del self._reports[: len(flush.reports)]
+
+    # What is stopped is on disk.
+
+    def fetch(self, attempt: Attempt) -> None:
+        """Have source and request of an event in memory. The event itself is decoded by whoever needs it."""
+        if attempt.is_shelved:
+            assert attempt.place is not None
+            restore_payload(attempt, decode_entry(self._shelf.get(attempt.place)))
+            self.shelved -= 1
+
+    def _shelve(self, attempt: Attempt) -> None:
+        if attempt.is_shelved:
+            return
+        if attempt.place is None:
+            try:
+                attempt.place = self._shelf.put(encode_entry(build_entry(attempt, self.topic)))
+            except OSError:
+                return  # a full disk costs memory, nothing else
+        attempt.source, attempt.request, attempt.event = SHELVED, None, None
+        self.shelved += 1
 
     # Numbers for people.
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from schemas.events import MoneyEvent
     from schemas.failure import Failure, OperatorError
     from schemas.tenancy import Tenancy
+    from sinks.attempts import Attempt
     from sinks.contract import Target, TargetSettings
     from sinks.ledger import Ledger
     from sinks.transport import Transport
@@ -78,6 +79,9 @@ class Limits:
 
     poll_records: int = 1000
     open_events: int = 20_000
+    """Events at work or about to be."""
+    stopped_events: int = 500_000
+    """Parked, refused and unknown ones, whose bytes are on disk."""
     calls_ahead: int = 8
     calls_ahead_class_d: int = 2
     """Fewer where nothing can be resent: all of them become a person's work when the process is killed."""
@@ -376,8 +380,12 @@ class Runner:
 
     async def _decode_restored(self, ledger: Ledger) -> None:
         for attempt in ledger.attempts.values():
-            if attempt.source.value and attempt.event is None:
-                attempt.event, _ = await self._decode(attempt.source.value)
+            await self._decode_fetched(attempt)
+
+    async def _decode_fetched(self, attempt: Attempt) -> None:
+        """An event that comes from the ledger or its shelf comes as bytes."""
+        if attempt.event is None and attempt.source.value:
+            attempt.event, _ = await self._decode(attempt.source.value)
 
     async def _decode(self, value: bytes) -> tuple[MoneyEvent | None, Failure | None]:
         """An event, or why there is none; waits out whatever is temporary."""
@@ -419,6 +427,7 @@ class Runner:
                 break
             for attempt in shard.ledger.take(room, moment):
                 room -= 1
+                await self._decode_fetched(attempt)
                 call = Call(shard, attempt)
                 if attempt.state is State.UNKNOWN:
                     if shard.ledger.resume(attempt, moment) is not Step.PERSON:
@@ -468,6 +477,9 @@ class Runner:
         ]
         if not flushes:
             return True
+        for _, flush in flushes:
+            for report in flush.reports:
+                await self._decode_fetched(report.attempt)
         outputs = [output for shard, flush in flushes for output in self._build_outputs(shard, flush, moment.wall)]
         # A partition whose frontier does not move sends it all the same: an offset is what fences a zombie.
         positions = {(shard.topic, shard.partition): flush.frontier for shard, flush in flushes}
@@ -531,11 +543,13 @@ class Runner:
 
     async def _throttle(self) -> None:
         """Intake stops when too much is held here; polling goes on, or the group would throw us out."""
-        held = sum(len(shard.ledger.attempts) for shard in self._shards)
-        if not self._is_paused and held >= self._limits.open_events:
+        stopped = sum(shard.ledger.shelved for shard in self._shards)
+        held = sum(len(shard.ledger.attempts) for shard in self._shards) - stopped
+        limits = self._limits
+        if not self._is_paused and (held >= limits.open_events or stopped >= limits.stopped_events):
             await self._consumer.pause()
             self._is_paused = True
-        elif self._is_paused and held < self._limits.open_events // 2:
+        elif self._is_paused and held < limits.open_events // 2 and stopped < limits.stopped_events:
             await self._consumer.resume()
             self._is_paused = False
 

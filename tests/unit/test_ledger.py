@@ -599,8 +599,7 @@ class World:
         self.refusing = set()
         self.late = []
 
-    def apply(self, attempt):
-        event_id, body = attempt.event_id, attempt.request.body
+    def apply(self, event_id, body):
         if self.target_class is TargetClass.A and event_id in self.seen:
             assert self.seen[event_id] == body, "the key was used with other bytes"
             return ACCEPTED
@@ -616,21 +615,24 @@ class World:
             return REFUSED_CONNECTION
         if not self.bench.write(attempt):
             return Failed("WITHDRAWN", "WINDOW")
+        # The network has its own copy: the ledger may put its own away.
+        written = attempt.event_id, attempt.request.body
         if fate == "never":
             return TIMEOUT
         if fate == "late":
             # It lands at any time up to its deadline, whatever its writer has learnt by then.
-            self.late.append((self.bench.steady + self.draw.uniform(0, DEADLINE), attempt))
+            self.late.append((self.bench.steady + self.draw.uniform(0, DEADLINE), *written))
             return TIMEOUT
-        answer = self.apply(attempt)
+        answer = self.apply(*written)
         return TIMEOUT if fate == "lost" else answer
 
     def pass_time(self, seconds):
         self.bench.wait(seconds)
-        for due, attempt in list(self.late):
+        for arrival in list(self.late):
+            due, *written = arrival
             if due <= self.bench.steady:
-                self.late.remove((due, attempt))
-                self.apply(attempt)
+                self.late.remove(arrival)
+                self.apply(*written)
 
     def run(self):
         bench = self.bench
@@ -982,3 +984,63 @@ def test_what_may_have_landed_is_never_made_smaller():
     attempt = bench.ledger.attempts["a"]
     assert not bench.ledger.refuse(attempt, "MSG_SIZE_TOO_LARGE", bench.now)
     assert attempt.request is not None
+
+
+# What is stopped lies on disk.
+
+
+def list_bytes(ledger):
+    return [attempt for attempt in ledger.attempts.values() if not attempt.is_shelved]
+
+
+def test_what_is_parked_is_on_disk_and_comes_back_with_the_same_bytes():
+    bench = Bench(make_policy(park_after=1))
+    bench.publish(("a", "A"), ("a2", "A"), ("b", "B"))
+    bench.post(LATER)
+    assert bench.state("a") is State.PARKED
+    assert bench.ledger.shelved == 3
+    assert list_bytes(bench.ledger) == []
+    body = bench.log["a"].body
+    bench.restart()
+    assert bench.ledger.shelved == 3
+    bench.wait(60)
+    begun = bench.begin()
+    assert sorted((attempt.event_id, attempt.request.body) for attempt in begun) == [
+        ("a", body), ("b", bench.log["b"].body),
+    ]  # fmt: skip
+    assert all(attempt.source.value == attempt.event_id.encode() for attempt in begun)
+    for attempt in begun:
+        assert bench.write(attempt)
+        bench.settle(attempt, ACCEPTED)
+    assert bench.post() == ["a2"]
+    assert bench.ledger.shelved == 0
+    assert bench.log == {}
+    assert [bench.outcomes(name)[-1] for name in ("a", "a2", "b")] == ["posted"] * 3
+
+
+def test_an_event_that_is_only_put_off_goes_back_to_disk():
+    bench = Bench()
+    bench.publish(("a", "A"))
+    for _ in range(5):
+        (attempt,) = bench.ledger.take(10, bench.now)
+        assert not attempt.is_shelved
+        bench.ledger.park(attempt, None, "MRN_UNRESOLVED", bench.now, pause=60)
+        bench.commit()
+        assert attempt.is_shelved
+        bench.wait(60)
+    assert bench.outcomes("a") == ["parked"]
+
+
+def test_a_full_disk_costs_memory_and_nothing_else(monkeypatch):
+    bench = Bench(make_policy(park_after=1))
+
+    def fail(_data):
+        raise OSError
+
+    monkeypatch.setattr(bench.ledger._shelf, "put", fail)
+    bench.publish(("a", "A"))
+    bench.post(LATER)
+    assert bench.ledger.shelved == 0
+    bench.wait(60)
+    assert bench.post() == ["a"]
+    assert bench.outcomes("a")[-1] == "posted"
