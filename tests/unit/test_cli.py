@@ -97,9 +97,9 @@ def test_every_promised_command_is_there():
         "receive", "listen", "worker", "project", "deliver", "sandbox", "run", "trace", "account", "init", "tables",
         "topics list", "topics apply", "topics check", "topics move-frontier", "schemas check", "schemas register",
         "stack up", "stack down", "stack status", "stack reset", "config check", "config show", "mapping check",
-        "connectors", "dlq list", "dlq group", "dlq show", "dlq redrive", "dlq edit", "dlq waive", "dlq approve", "unknown list",
-        "unknown show", "unknown decide", "reviews list", "reviews show", "reviews decide", "reviews approve",
-        "audit list", "audit verify",
+        "connectors", "dlq list", "dlq group", "dlq show", "dlq redrive", "dlq edit", "dlq waive", "dlq approve",
+        "unknown list", "unknown show", "unknown decide", "reviews list", "reviews show", "reviews decide",
+        "reviews approve", "audit list", "audit verify",
     }  # fmt: skip
 
 
