@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import itertools
 import json
 import secrets
 import shutil
@@ -15,12 +14,10 @@ from pathlib import Path
 
 from runtime.stack import EmbeddedStack
 from tests.faults import plan as plans
-from tests.faults.fleet import find_ports
+from tests.faults.fleet import choose_stack_ports
 from tests.faults.report import build_result, render
 from tests.faults.run import run_plan
 from tests.integration.conftest import CACHE, ROOT
-
-PORTS = ("kafka", "controller", "registry", "redis")
 
 
 def main():
@@ -45,8 +42,7 @@ def main():
     folder = home / "site"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    # Ports of its own: another stack on this machine must not take one while a part of this one is down.
-    stack = EmbeddedStack(home / "stack", CACHE, ports=dict(zip(PORTS, itertools.count(find_ports(len(PORTS))))))
+    stack = EmbeddedStack(home / "stack", CACHE, ports=choose_stack_ports())
     try:
         stack.reset()
         verdict, fault_run = run_plan(folder, stack, plan, on_start=_listen)

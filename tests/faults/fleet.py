@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import secrets
@@ -25,8 +26,9 @@ from tests.integration.conftest import Deployment
 
 GROUP = "remitstream.worker"
 SHIPPED = (sys.executable, "-m", "runtime.cli")
-ONGOING, PREPARED = 1, (2, 3)
-"""States of a transaction in the coordinator's log: open; commit or abort decided, markers not all written."""
+LEFT, ONGOING, PREPARED = -1, 1, (2, 3)
+"""States of a transaction in the coordinator's log: not of this life (a mark of ours); open; commit or abort decided,
+markers not all written."""
 
 
 def find_ports(count):
@@ -35,6 +37,12 @@ def find_ports(count):
         first = 10_000 + secrets.randbelow(10_000)
         if all(_is_free(first + number) for number in range(count)):
             return first
+
+
+def choose_stack_ports():
+    """Ports of a stack: another one on this machine must not take one while a part of this one is down."""
+    roles = ("kafka", "controller", "registry", "redis")
+    return dict(zip(roles, itertools.count(find_ports(len(roles))), strict=False))
 
 
 def _is_free(port):
@@ -55,6 +63,11 @@ class TransactionLog:
 
     def find_state(self, transactional_id):
         """The state now, as the protocol's number; None when it is not known (no answer, or never seen)."""
+        found = self.find(transactional_id)
+        return None if found is None else found[0]
+
+    def find(self, transactional_id):
+        """The state now and the place of its record in the log, or None."""
         with self._lock:
             try:
                 if self._tail is None:
@@ -77,7 +90,8 @@ class TransactionLog:
             self._states.pop(name, None)
             return
         # version, producer id, epoch, timeout, state
-        self._states[name] = state = struct.unpack_from(">hqhib", value)[4]
+        state = struct.unpack_from(">hqhib", value)[4]
+        self._states[name] = (state, message.offset())
         if state in (4, 5):
             self.ends["committed" if state == 4 else "aborted"] += 1
 
@@ -94,6 +108,8 @@ class Slot:
         self._site = site
         self._process = None
         self._wanted = False
+        self._left = None
+        """What the coordinator knew when it was killed last."""
 
     @property
     def transactional_id(self):
@@ -143,7 +159,8 @@ class Slot:
             self._process.kill()
             self._process.wait()
             # Dead, and its successor does not run yet: nobody but the coordinator can change this now.
-            state = self._site.transactions.find_state(self.transactional_id)
+            state = self._find_own_state()
+            self._left = self._site.transactions.find(self.transactional_id)
             self._wanted = restart
             self._process = None
             if restart:
@@ -154,7 +171,7 @@ class Slot:
         """SIGSTOP; the state of its transaction meanwhile."""
         with self.lock:
             self._process.send_signal(signal.SIGSTOP)
-            return self._site.transactions.find_state(self.transactional_id)
+            return self._find_own_state()
 
     def freeze_in_transaction(self, patience):
         """Stop it while its transaction is open, as the coordinator says; after ``patience`` seconds anywhere."""
@@ -194,6 +211,13 @@ class Slot:
                 self._spawn()
         finally:
             self.lock.release()
+
+    def _find_own_state(self):
+        """State of the transaction of this life; ``LEFT`` when the last one is still the killed predecessor's."""
+        found = self._site.transactions.find(self.transactional_id)
+        if found is None:
+            return None
+        return LEFT if found == self._left else found[0]
 
     def _spawn(self):
         self._process = self._site.spawn(f"worker-{self.number}", self.program, "worker", "--slot", str(self.number))

@@ -142,9 +142,9 @@ class FaultRun:
             time.sleep(fault.wait)
             if aim == "aimed":
                 slot.freeze_in_transaction(AIM_SECONDS)
-            self._note_kill(slot.kill(), slot.number)
+            self._note_kill(slot.kill(), slot.number, aim)
 
-    def _note_kill(self, state, slot):
+    def _note_kill(self, state, slot, aim="any"):
         self.counts["kills"] += 1
         if state is None:
             self.counts["kills_state_unknown"] += 1
@@ -153,7 +153,7 @@ class FaultRun:
         elif state in PREPARED:
             self.counts["kills_in_commit"] += 1
         done, opened = self.counts["kills"], self.counts["kills_in_open_transaction"]
-        self._tell(f"kill {done} of slot {slot}, transaction state {state}; {opened} hit an open one")
+        self._tell(f"kill {done} ({aim}) of slot {slot}, transaction state {state}; {opened} hit an open one")
 
     def _do_zombie(self, fault):
         slot = self.site.slots[fault.slot]
