@@ -22,6 +22,7 @@ from schemas.mapping_compiler import MappingNotCompiled
 from schemas.mapping_reading import read_attributes, read_optional_text
 from streams.normalised import GUARANTOR_TYPE, VISIT_TYPE, Ignored, Normalised, Participant
 from streams.shortcut import Shortcut
+from telemetry.log import get_log
 from topics import headers
 from topics.catalog import PAYMENTS
 
@@ -57,6 +58,7 @@ class Normaliser:
             self.shortcut = Shortcut(mapping, participants.values(), tenancy.tenant, version)
         except MappingNotCompiled as reason:
             self.not_compiled = str(reason)
+            get_log("normalise").warning("mapping_not_compiled", source=self.source, reason=self.not_compiled)
 
     @classmethod
     def load(

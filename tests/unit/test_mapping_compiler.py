@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,10 +12,15 @@ from hypothesis import strategies as st
 
 from schemas.events import Kind
 from schemas.failure import Failure
-from schemas.mapping import Attribute, Expression, MappingFunctions, Reading, SourceMapping
+from schemas.mapping import Attribute, Expression, MappingFunctions, Reading, SourceMapping, describe_compilation
 from schemas.mapping_compiler import FACT, MappingNotCompiled, compile_mapping, has_long_number
 from schemas.mapping_functions import EXAMPLE_TABLES, FUNCTIONS
 from schemas.mapping_reading import Rule, Sister, read_attributes
+from schemas.tenancy import Tenancy
+from streams.normalise import MAPPINGS, Ignored, Normaliser
+from topics.headers import RawRecord
+
+OVERLAY = Path(__file__).parents[2] / "examples" / "overlays" / "north.yaml"
 
 FUNCTION_SET = MappingFunctions(EXAMPLE_TABLES)
 
@@ -242,3 +248,38 @@ def test_a_mapping_that_cannot_become_code_says_why():
         deep = f"b || ({deep})"
     with pytest.raises(MappingNotCompiled, match="indentation"):
         compile_mapping(replace(build_mapping(), event_type=parse(deep)))
+
+
+def test_mapping_check_tells_whether_a_mapping_is_compiled(tmp_path):
+    shipped = MAPPINGS / "stripe.yaml"
+    deep = tmp_path / "stripe.yaml"
+    deep.write_text(
+        shipped.read_text("utf-8").replace(
+            "token_reference: id_of(payment_method)",
+            f"token_reference: {'absent || (' * 120}id_of(payment_method){')' * 120}",
+        ),
+        "utf-8",
+    )
+    told = describe_compilation([shipped, deep, OVERLAY])
+    assert told[str(shipped)] == "yes"
+    assert told[str(deep)].startswith("no: IndentationError")
+    assert str(OVERLAY) not in told
+    # Its events are the same, by the long way.
+    tenancy = Tenancy.model_validate(
+        {
+            "tenant": "riverside",
+            "facilities": [
+                {"id": "north", "time_zone": "UTC", "default_authority": "N", "authorities": [{"name": "N"}]},
+            ],
+            "accounts": [{"name": "main", "source": "stripe", "facility": "north", "secrets": ["x"]}],
+        }
+    )
+    normaliser = Normaliser.load("stripe", tenancy, tmp_path)
+    assert "IndentationError" in normaliser.not_compiled
+    assert normaliser.shortcut is None
+    body = {"id": "evt_1", "type": "customer.created", "created": 1, "data": {"object": {}}}
+    record = RawRecord(
+        hop="T:0:1", partition=0, offset=1, key=b"k", value=json.dumps(body).encode(), timestamp=0,
+        headers=[("source", b"stripe"), ("account", b"main"), ("facility", b"north")],
+    )  # fmt: skip
+    assert normaliser.normalise(record) == Ignored("NOT_MONEY", "customer.created", "")
