@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 def run_timeouts(target_class: TargetClass, timeouts: int, seed: int = 1) -> World:
     """At least so many answers lost after the target had applied the request, with kills and lost sessions between."""
+    # A take-over reads everything that is open: in a longer run there is more of it, so it comes more rarely.
+    scale = max(1.0, timeouts / 1000)
     faults = Faults(
         timeout_after_success=0.3, timeout_unapplied=0.02, refused_for_now=0.02, down=0.02, stalled=0.002, aborts=0.01,
-        kill_every=100.0, lose_session_every=150.0,
+        kill_every=100.0 * scale, lose_session_every=150.0 * scale,
     )  # fmt: skip
     # Each event has its own entity: one that waits for a person holds nobody.
     events = int(timeouts / 0.28) + 50
@@ -34,10 +36,11 @@ def run_timeouts(target_class: TargetClass, timeouts: int, seed: int = 1) -> Wor
 
 def run_order(target_class: TargetClass, events: int, entities: int, seed: int = 1) -> World:
     """Many events of each entity under faults of every kind."""
+    scale = max(1.0, events / 20_000)
     faults = Faults(
         timeout_after_success=0.004, timeout_unapplied=0.002, refused_for_now=0.02, down=0.01, stalled=0.0002,
         rejected=0.0 if target_class is not TargetClass.D else 0.0005, aborts=0.01,
-        kill_every=40.0, lose_session_every=80.0,
+        kill_every=40.0 * scale, lose_session_every=80.0 * scale,
     )  # fmt: skip
     return play(target_class, events=events, entities=entities, faults=faults, seed=seed)
 

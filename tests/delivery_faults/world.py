@@ -131,12 +131,15 @@ class World:
 
     # The canonical topic and the ledger's, as the broker keeps them.
 
-    def read(self, first: int, count: int) -> list[Record]:
-        """Canonical records from an offset on, made as they are read."""
-        return [self._build_record(number) for number in range(first, min(first + count, self.events))]
+    def read(self, first: int, count: int, known: int) -> list[Record]:
+        """Canonical records from an offset on, made as they are read; empty where the reader knows them already."""
+        return [self._build_record(number, number < known) for number in range(first, min(first + count, self.events))]
 
-    def _build_record(self, number: int) -> Record:
+    def _build_record(self, number: int, is_known: bool) -> Record:
         root = f"root-{number % self.entities}"
+        if is_known:
+            # After a rewind: nobody may look into it again.
+            return Record(TOPIC, 0, number, root.encode(), b"", [], 1)
         event = MoneyEvent(
             event_id=name_event(number), transaction_key=str(number), tenant="acme", facility="north", source="s",
             account="a", kind="capture", status="succeeded", money=Money(100, "USD", 2), occurred_at=1, received_at=1,
@@ -254,6 +257,7 @@ class Group:
         self._heard_at = 0.0
         self.is_paused = False
         self.position = 0
+        self._known = 0
         self.topic_ids = {TOPIC: "P"}
 
     @property
@@ -290,12 +294,13 @@ class Group:
         return {PARTITION: self.world.frontier} if self.is_owner or not self.is_heard else {}
 
     async def poll(self, max_records: int, wait: float) -> Polled[Record]:
-        found = [] if self.is_paused or not self.is_owner else self.world.read(self.position, max_records)
+        found = [] if self.is_paused or not self.is_owner else self.world.read(self.position, max_records, self._known)
         # Coarser than the real one: idle turns cost the machine's time, and none of the world's.
         await asyncio.sleep(0.001 if found else 25 * wait)
         if not self.is_owner:
             return Polled(self.generation, {})
         self.position += len(found)
+        self._known = max(self._known, self.position)
         return Polled(self.generation, {PARTITION: found} if found else {})
 
     async def call(self, function: Any, *arguments: Any) -> Any:
