@@ -27,7 +27,7 @@ PATIENCE: Final = 10.0
 class SlotTaken(TemporaryError):
     """Another process has this slot's folder."""
 
-    code = "RS341"
+    code = "RS234"
     meaning = "Another worker process of the same instance and slot runs on this host."
     default_remedy = (
         "Give this one another `--slot` (or another `worker.instance` and `worker.state`), or end the other one; a "

@@ -55,7 +55,7 @@ class PositionBroken(FatalError):
 class PartitionsChanged(ConfigurationError):
     """A topic has another number of partitions than the settings say."""
 
-    code = "RS342"
+    code = "RS134"
     meaning = "A topic's partition count is not `worker.partitions`: the same key would go to two partitions."
     default_remedy = (
         "Correct `worker.partitions` if it is the setting that is wrong. If partitions were added to a topic, its "

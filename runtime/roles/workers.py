@@ -6,7 +6,6 @@ Each is a ``remitstream worker --slot K`` with its own transactional id, group m
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -50,7 +49,6 @@ def list_specs(settings: Settings, processes: int) -> list[ProcessSpec]:
         return ProcessSpec(
             name=f"worker-{slot}",
             argv=[sys.executable, "-m", "runtime.cli", "worker", "--slot", str(slot), *arguments],
-            env=dict(os.environ),
             ready=f"http://{health.host}:{health.worker + slot}/ready" if health.worker else None,
             stop_timeout=STOP_TIMEOUT,
             endless=True,
