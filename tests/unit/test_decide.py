@@ -745,3 +745,90 @@ def test_the_oracle_sees_every_broken_rule(tmp_path_factory, monkeypatch, contro
     control(monkeypatch)
     with pytest.raises(AssertionError):
         play(tmp_path_factory, plan)
+
+
+# What a person decided in a review.
+
+
+def republish(world, body, reviewed, named=None, **more):
+    """A record that takes the place of one in review; ``named`` is the MRN the person gave."""
+    (record,) = world.take(body)
+    hash_ = [] if named is None else [("named_patient", KEY.hash_identifier(Reference("NORTH", "MR", named)).encode())]
+    record.headers = [("origin", b"T:0:0"), *record.headers, *hash_, ("reviewed_hop", reviewed.encode())]
+    return record
+
+
+async def decide_one(world, record):
+    world.commit(await world.decide([record]))
+
+
+async def test_a_named_patient_ends_the_hold_of_the_payment_and_of_its_children(world):
+    world.identities.learn("M-x")
+    await world.run(capture("a", mrn=None))
+    assert world.reviews == [("T:0:0", "PATIENT_NOT_NAMED")]
+    await decide_one(world, republish(world, capture("a", mrn=None), "T:0:0", "M-x"))
+    await world.run(refund("a"))
+    events = world.read("payments", "money_event")
+    assert [(event.kind, event.mrn, event.patient) for event in events] == [
+        (kind, Reference("NORTH", "MR", "M-x"), Reference("NORTH", "MR", "M-x")) for kind in ("capture", "refund")
+    ]
+    assert events[0].origin == "T:0:0"
+
+
+async def test_a_reviewed_record_passes_once_and_its_copies_are_copies(world):
+    world.identities.learn("M-x")
+    await world.run(capture("a", mrn=None))
+    for _ in range(2):
+        await decide_one(world, republish(world, capture("a", mrn=None), "T:0:0", "M-x"))
+    await world.run(capture("a", mrn=None))
+    assert len(world.payments) == 1
+    assert world.dispositions == [("T:0:2", "DUPLICATE", "T:0:1"), ("T:0:3", "DUPLICATE", "T:0:1")]
+
+
+@pytest.mark.parametrize("reviewed", ["T:0:7", "T:1:0", ""])
+async def test_a_record_that_names_another_review_is_a_copy(world, reviewed):
+    await world.run(capture("a", mrn=None))
+    await decide_one(world, republish(world, capture("a", mrn=None), reviewed, "M-x"))
+    assert world.payments == []
+    assert world.dispositions == [("T:0:1", "DUPLICATE", "T:0:0")]
+
+
+async def test_another_content_does_not_pass_in_the_place_of_the_reviewed_one(world):
+    world.identities.learn("M-x")
+    await world.run(capture("a", mrn=None))
+    await decide_one(world, republish(world, capture("a", 5, mrn=None), "T:0:0", "M-x"))
+    assert world.payments == []
+    assert world.reviews[-1] == ("T:0:1", "CONFLICTING_COPY")
+
+
+async def test_a_named_patient_nobody_knows_is_waited_for_over_a_restart(world):
+    await world.run(capture("a", mrn=None))
+    await decide_one(world, republish(world, capture("a", mrn=None), "T:0:0", "M-x"))
+    await world.run(refund("a"))
+    assert world.waiting == {"T:0:1": "PATIENT_UNKNOWN", "T:0:2": "BEHIND_ENTITY"}
+    world.restart()
+    world.identities.learn("M-x")
+    await world.run()
+    assert [(kind, name) for kind, name, _ in world.payments] == [("capture", "pi_a"), ("refund", "re_a_1")]
+    assert {event.mrn.value for event in world.read("payments", "money_event")} == {"M-x"}
+    assert world.waiting == {}
+
+
+async def test_a_person_names_another_patient_than_the_ambiguous_one(world):
+    world.identities.learn("M-a", Ambiguous("MRN_AMBIGUOUS"))
+    world.identities.learn("M-x")
+    await world.run(capture("a"))
+    assert world.reviews == [("T:0:0", "MRN_AMBIGUOUS")]
+    await decide_one(world, republish(world, capture("a"), "T:0:0", "M-x"))
+    (event,) = world.read("payments", "money_event")
+    assert event.mrn.value == event.patient.value == "M-x"
+
+
+async def test_a_retry_whose_patient_is_still_ambiguous_is_a_review_again(world):
+    world.identities.learn("M-a", Ambiguous("MRN_AMBIGUOUS"))
+    await world.run(capture("a"))
+    await decide_one(world, republish(world, capture("a"), "T:0:0"))
+    assert world.reviews == [("T:0:0", "MRN_AMBIGUOUS"), ("T:0:1", "MRN_AMBIGUOUS")]
+    world.identities.learn("M-a")
+    await decide_one(world, republish(world, capture("a"), "T:0:1"))
+    assert len(world.payments) == 1
