@@ -2,7 +2,7 @@
 
 SHELL = /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench soak faults reset
+.PHONY: help setup run test check bench soak faults contract reset
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -72,6 +72,9 @@ soak: $(STAMP) ## Does the worker's memory stay flat: 20 minutes at a steady rat
 
 faults: $(STAMP) ## Kill, freeze and rob workers for 20 minutes under a steady stream, then judge every record (ARGS=...)
 	@$(PY) -m tests.faults $(ARGS)
+
+contract: $(STAMP) ## Send the targets' requests to Prism over the vendors' documents (needs node, npm and the documents)
+	@$(PY) -m tests.contract
 
 reset: ## Stop the embedded stack and remove all data of it (the download cache stays)
 	@if [ -x $(PY) ] && [ -d .remitstream/stack ]; then \
