@@ -74,7 +74,6 @@ class Program:
     rules: tuple[Rule, ...]
     overlays: Mapping[Hashable, Mapping[Kind, Attach]]
     """Per overlay and kind: adds its attributes to those of a fact and returns them, or None: ask the interpreter."""
-    source_code: str
 
 
 def compile_mapping(
@@ -94,7 +93,7 @@ def compile_mapping(
     handlers: dict[str, Any] = names["handlers"]
     handlers |= {event_type: names[function] for event_type, function in builder.handlers.items()}
     attached = {key: {kind: names[name] for kind, name in kinds.items()} for key, kinds in builder.attached.items()}
-    return Program(names["read"], tuple(builder.rules), attached, code)
+    return Program(names["read"], tuple(builder.rules), attached)
 
 
 def has_long_number(body: bytes) -> bool:

@@ -92,11 +92,10 @@ class _Sender:
 
 
 class Shortcut:
-    """The compiled way of one source. ``taken`` counts the records that it answered."""
+    """The compiled way of one source."""
 
     def __init__(self, mapping: SourceMapping, participants: Iterable[Participant], tenant: str, version: str) -> None:
         """Compile. Raises ``MappingNotCompiled`` with the reason."""
-        self.taken = 0
         self._source = mapping.source
         participants = list(participants)
         overlays = {(part.facility.id, True): part.attributes for part in participants}
@@ -173,7 +172,6 @@ class Shortcut:
         facts: tuple[str, ...] = (event.kind, object_id, root, str(money.minor), money.currency, status)
         if self._pick is not None:
             facts = self._pick(facts)
-        self.taken += 1
         return Normalised(
             plan.topic, event, facts, plan.is_root, plan.needs_patient, event.patient is not None, event_type
         )
@@ -182,7 +180,6 @@ class Shortcut:
         linked = ""
         if found.object_id:
             linked = build_event_id(build_transaction_key(self._source, account, found.kind, found.object_id))
-        self.taken += 1
         return Ignored(found.reason.value, found.event_type, linked)
 
 
