@@ -38,15 +38,13 @@ def main() -> int:
     """Exit code 0, or a traceback."""
     options = parse_options()
     console = Console(width=150)
-    report: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     if options.restore:
         for row in measure_restores(options):
-            console.print(row)
-            save(report, "restores", row, ("keys", "order"))
+            save("restores", row, ("keys", "order"))
     else:
         for row in measure_stores(options):
-            save(report, "stores", row, ("store", "keys", "order", "load"))
-    print_table(console, report)
+            save("stores", row, ("store", "keys", "order", "load"))
+    print_table(console, read_report())
     return 0
 
 
@@ -124,8 +122,15 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def save(report: dict[str, Any], name: str, row: dict[str, Any], identity: tuple[str, ...]) -> None:
+def read_report() -> dict[str, Any]:
+    """All rows so far."""
+    report: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    return report
+
+
+def save(name: str, row: dict[str, Any], identity: tuple[str, ...]) -> None:
     """Put a row in, in place of an older one of the same."""
+    report = read_report()
     same = tuple(row[column] for column in identity)
     rows = [other for other in report.get(name, []) if tuple(other[column] for column in identity) != same]
     report[name] = sorted([*rows, row], key=lambda other: [str(other[c]).rjust(12) for c in identity])
