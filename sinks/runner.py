@@ -80,8 +80,8 @@ class Limits:
     poll_records: int = 1000
     open_events: int = 20_000
     """Events at work or about to be."""
-    stopped_events: int = 500_000
-    """Parked, refused and unknown ones, whose bytes are on disk."""
+    stopped_events: int = 200_000
+    """Parked, refused and unknown ones: their bytes are on disk, some 800 bytes each stay in memory."""
     calls_ahead: int = 8
     calls_ahead_class_d: int = 2
     """Fewer where nothing can be resent: all of them become a person's work when the process is killed."""

@@ -573,6 +573,24 @@ async def test_intake_pauses_when_too_much_is_held_and_goes_on(world):
     assert sorted(world.receiver.received) == sorted(f"pi_{n}" for n in range(60))
 
 
+@pytest.mark.parametrize("stopped_events", [1000, 20])
+async def test_what_is_parked_holds_intake_only_past_a_bound_of_its_own(world, stopped_events):
+    for n in range(60):
+        world.broker.publish(f"pi_{n}", f"pi_{n}")
+    world.patients.ambiguous = {f"N-pi_{n}" for n in range(60)}
+    limits = Limits(poll_records=10, open_events=20, stopped_events=stopped_events)
+    async with world.running(limits=limits) as runner:
+        if stopped_events == 20:
+            await world.until(lambda: runner.status()["paused"])
+            assert 20 <= len(world.broker.outcomes()) < 60
+        else:
+            await world.until(lambda: len(world.broker.outcomes()) == 60)
+            assert world.broker.frontier == 60
+        world.patients.ambiguous = set()
+        await world.until(lambda: [o for o, _ in world.broker.outcomes().values()] == ["posted"] * 60)
+    assert sorted(world.receiver.received) == sorted(f"pi_{n}" for n in range(60))
+
+
 async def test_many_events_share_a_commit(world):
     for n in range(400):
         world.broker.publish(f"pi_{n}", f"pi_{n}")
