@@ -56,6 +56,12 @@ class Open:
         """A person must say whether the target has it."""
         return self.entry.state == State.UNKNOWN
 
+    @property
+    def is_put_off(self) -> bool:
+        """Parked for a reason of its own (its patient is not resolved), and surely not at the target."""
+        entry = self.entry
+        return entry.state == State.PARKED and entry.code != BEHIND_ENTITY and not entry.may_have_landed
+
     def check(self, action: Action) -> None:
         """Raise ``DecisionRefused`` when the deliverer would refuse this decision now."""
         entry = self.entry
@@ -66,7 +72,7 @@ class Open:
                     place=f"{self.target} {self.event_id}",
                     remedy="Look it up at the target, then use `remitstream unknown decide`.",
                 )
-            if not self.is_refused:
+            if not self.is_refused and not (action is Action.WAIVE and self.is_put_off):
                 raise DecisionRefused(f"it is {entry.state}, not refused.", place=f"{self.target} {self.event_id}")
             return
         if not self.is_unknown:
@@ -111,6 +117,11 @@ class TargetBook:
     def list_unknown(self) -> list[Open]:
         """Events whose outcome a person must find out, oldest first."""
         return sorted((known for known in self._events.values() if known.is_unknown), key=lambda k: k.entry.since)
+
+    def list_stopped(self) -> list[Open]:
+        """Refused and put off events, oldest first: they hold up their entity."""
+        found = (known for known in self._events.values() if known.is_refused or known.is_put_off)
+        return sorted(found, key=lambda known: (known.partition, known.entry.offset))
 
     def count_behind(self, found: Open) -> int:
         """Later events of the same entity that wait behind it."""

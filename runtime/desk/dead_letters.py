@@ -19,6 +19,7 @@ from runtime.desk.letters import (
     DECIDED,
     EDITED,
     OPEN,
+    PARKED,
     PROPOSED,
     REDRIVEN,
     UNKNOWN,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 TURNS_PER_SECOND = 4
 """A rate is kept in this many small transactions a second."""
 _OPEN = frozenset({OPEN, PROPOSED})
+_WAIVABLE = _OPEN | {PARKED}
 _FIXED = (
     "event_id", "transaction_key", "tenant", "facility", "source", "account", "kind", "object_id", "root",
     "source_event_id", "origin",
@@ -188,7 +190,7 @@ def propose_edit(office_: Office, identifier: str, path: Path, actor: Actor) -> 
 def propose_waiver(office_: Office, identifiers: Sequence[str], actor: Actor) -> dict[str, Any]:
     """Ask that letters be waived; a second person approves."""
     book = LetterBook(office_)
-    letters = [_find_open_letter(book, identifier) for identifier in identifiers]
+    letters = [_find_open_letter(book, identifier, _WAIVABLE) for identifier in identifiers]
     facts = {"stages": ",".join(sorted({letter.stage for letter in letters}))}
     with office_.open_log(actor) as log:
         act = log.append(office.PROPOSE_WAIVER, [letter.id for letter in letters], facts)
@@ -198,8 +200,8 @@ def propose_waiver(office_: Office, identifiers: Sequence[str], actor: Actor) ->
 def approve(office_: Office, proposal: Act, actor: Actor) -> dict[str, Any]:
     """Do what was proposed about letters. The caller has checked that this is a second person."""
     book = LetterBook(office_)
-    letters = [_find_open_letter(book, identifier) for identifier in proposal.ids]
     is_edit = proposal.act == office.PROPOSE_EDIT
+    letters = [_find_open_letter(book, identifier, _OPEN if is_edit else _WAIVABLE) for identifier in proposal.ids]
     with office_.open_log(actor) as log:
         outputs = []
         for letter in letters:
@@ -358,9 +360,9 @@ def _decide(office_: Office, found: Open, action: Action, decision_id: str, *, v
     return build_decision(found, action, decision_id, schema_id, value=value)
 
 
-def _find_open_letter(book: LetterBook, identifier: str) -> Letter:
+def _find_open_letter(book: LetterBook, identifier: str, allowed: frozenset[str] = _OPEN) -> Letter:
     (letter,) = book.choose(Choice(ids=(identifier,)))
-    if letter.status not in _OPEN:
+    if letter.status not in allowed:
         raise _refuse(letter)
     return letter
 

@@ -1,7 +1,9 @@
 """Dead letters as people see them: what each is, why it is here, and what became of it since.
 
 A letter of a stream stage (``normalise``, ``release``) is a raw record; it is open until somebody redrives or waives
-it. A letter of a target is only a report: what is open is the event in the target's ledger.
+it. A letter of a target is only a report: what is open is the event in the target's ledger. Events that hold up their
+entity without a letter (put off, or refused so long ago that the letter is gone) are listed beside them, named
+``target/event id``.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from runtime.account import NORMALISE_STAGES
 from runtime.desk import office
 from runtime.desk.office import NothingFound, Office
-from sinks.attempts import Ruling
 from sinks.desk import TargetBook
 from topics import catalog, headers
 from topics.headers import find_header
@@ -23,6 +24,7 @@ from topics.reading import Record, read_to_end
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from sinks.desk import Open
     from topics.audit import Act
 
 OPEN = "open"
@@ -38,6 +40,8 @@ SUPERSEDED = "superseded"
 DONE = "done"
 UNDER_WAY = "under way"
 UNKNOWN = "unknown"
+PARKED = "parked"
+"""Put off and tried again by itself; it may be waived."""
 FINISHED = frozenset({REDRIVEN, WAIVED, EDITED, SUPERSEDED, DONE})
 """Nobody needs to look any more."""
 
@@ -50,11 +54,13 @@ class Letter:
     status: str = OPEN
     proposal: int = 0
     """Number of the act that waits for a second person."""
+    name: str = ""
+    """Set when there is no letter: ``target/event id``."""
 
     @property
     def id(self) -> str:
         """How commands name it."""
-        return f"{self.record.partition}:{self.record.offset}"
+        return self.name or f"{self.record.partition}:{self.record.offset}"
 
     @property
     def stage(self) -> str:
@@ -141,7 +147,12 @@ class LetterBook:
         self.letters.sort(key=lambda letter: (letter.record.partition, letter.record.offset))
         self.versions = {letter.id: letter for letter in self.letters if letter.read(headers.EDITED_FROM)}
         self.letters = [letter for letter in self.letters if letter.id not in self.versions]
-        self._tell_states(office_.read_acts())
+        told = {(letter.stage, letter.event_id) for letter in self.letters if not letter.is_raw}
+        acts = office_.read_acts()
+        for target in sorted(self._targets):
+            stopped = self.open_book(target).list_stopped()
+            self.letters += [_stand_in(found) for found in stopped if (target, found.event_id) not in told]
+        self._tell_states(acts)
 
     def choose(self, choice: Choice) -> list[Letter]:
         """The letters that are meant, in the order of the topic: that of the stage, per key."""
@@ -193,16 +204,31 @@ class LetterBook:
             return DONE
         if found.is_unknown:
             return UNKNOWN
-        if not found.is_refused:
+        if not found.is_refused and not found.is_put_off:
             return UNDER_WAY
         if not is_latest:
             return SUPERSEDED
         decisions = [act for act in acts if act.act in (office.REDRIVE, office.APPROVE)]
-        if decisions:
-            last = name_decision(decisions[-1].number, letter.id)
-            refused = found.entry.decision == last and found.entry.ruling != Ruling.APPLIED
-            return "" if refused else DECIDED
-        return ""
+        if decisions and found.entry.decision != name_decision(decisions[-1].number, letter.id):
+            return DECIDED
+        # Open also after a decision that the deliverer refused; `show` tells its ruling.
+        return PARKED if found.is_put_off else ""
+
+
+def _stand_in(found: Open) -> Letter:
+    """What a letter would say of an event that has none."""
+    entry = found.entry
+    reasons = (
+        (headers.DEAD_LETTER_STAGE, found.target),
+        (headers.DEAD_LETTER_KIND, entry.failure),
+        (headers.DEAD_LETTER_CODE, entry.code),
+        (headers.DEAD_LETTER_TIME, str(entry.since)),
+    )
+    kept = [*entry.headers, *((name, text.encode()) for name, text in reasons)]
+    if find_header(kept, headers.EVENT_ID) is None:
+        kept.append((headers.EVENT_ID, found.event_id.encode()))
+    record = Record(entry.topic, found.partition, entry.offset, entry.key, entry.value, kept, entry.since)
+    return Letter(record, name=f"{found.target}/{found.event_id}")
 
 
 def name_decision(number: int, identifier: str) -> str:
