@@ -153,7 +153,8 @@ class _Printer:
                 (headers.FACILITY, facility),
                 (headers.MAPPING_VERSION, version),
             ],
-            cause=record.hop,
+            -1,
+            record.hop,
         )
 
     def _format_time(self, milliseconds: int) -> bytes:

@@ -55,7 +55,7 @@ DEAD_LETTER_FIELD = "dead_letter_field"
 DEAD_LETTER_TIME = "dead_letter_time"
 
 
-class RawRecord(msgspec.Struct, kw_only=True, gc=False):
+class RawRecord(msgspec.Struct, gc=False):
     """A record of a raw topic as a stream sees it. ``hop`` is ``topic id:partition:offset``."""
 
     hop: str
