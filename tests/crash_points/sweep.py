@@ -75,16 +75,18 @@ class Nursery:
 
     def __init__(self, deployment):
         self._deployment = deployment
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.crash_points.nursery"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(deployment.folder / "nursery.log").open("ab"),
-            text=True,
-            cwd=ROOT,
-        )
+        with (deployment.folder / "nursery.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.crash_points.nursery"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=ROOT,
+            )
         self._answers = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self.pid = None
 
     def _listen(self):
@@ -135,6 +137,8 @@ class Nursery:
             self.wait(20)
         self._process.stdin.close()
         self._process.wait(20)
+        self._listener.join(20)
+        self._process.stdout.close()
 
 
 class Sweep:

@@ -25,7 +25,7 @@ from tests.crash_points.sweep import (
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(2400)]
 
-SHORT = 13
+SHORT = 12
 """Runs of the short form."""
 SEED = os.environ.get("CRASH_SEED", "1")
 DOORS = (
@@ -33,7 +33,8 @@ DOORS = (
     "Producer.init_transactions",
     "Consumer.subscribe",
     "Consumer.poll",
-    "Consumer.incremental_assign",
+    "Consumer.pause",
+    "Consumer.resume",
     "Consumer.consumer_group_metadata",
     "AdminClientImpl.list_consumer_group_offsets",
     "Environment.begin",
