@@ -73,6 +73,10 @@ class Gate:
         state = self._breaker.name_state(now)
         return "waiting" if state is BreakerState.CLOSED and now < self._waits_until else state.value
 
+    def measure_wait(self, now: float) -> float:
+        """Seconds for which the target asked to be left alone because there were too many calls."""
+        return max(0.0, self._waits_until - now)
+
     def count_room(self, now: float) -> int:
         """How many calls may be under way now: all that the target bears, one as a probe, or none."""
         if now < self._waits_until:

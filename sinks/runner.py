@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 _BUSY_WAIT = 0.004
 _IDLE_WAIT = 0.1
+_LONG_WAIT = 2.0
+"""Seconds of a target's own wait, past which what stands in line is put back into the ledger."""
 
 
 class LedgerRefused(FatalError):
@@ -329,8 +331,8 @@ class Runner:
 
     def _settle(self, moment: Moment) -> None:
         self._note_gate(moment)
-        if self._was_shut:
-            # What has not begun waits for the target without being IN_FLIGHT.
+        if self._was_shut or self._gate.measure_wait(moment.steady) > _LONG_WAIT:
+            # What has not begun waits for the target without being IN_FLIGHT: after a crash that would be a doubt.
             self._calls.withdraw_line("TARGET_UNAVAILABLE")
         for call, result in self._calls.take_results():
             kind = (result.kind or "ok") if isinstance(result, Answer | Failed) else type(result).__name__.lower()

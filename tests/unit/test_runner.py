@@ -525,6 +525,18 @@ async def test_an_answer_about_the_whole_target_pauses_it_and_parks_nothing(worl
     assert len(transport.sent) == 20 + 6
 
 
+async def test_nothing_stays_in_flight_over_a_long_wait(world):
+    for n in range(20):
+        world.broker.publish(f"pi_{n}", f"pi_{n}")
+    transport = JudgingTransport([Answer(FailureKind.RATE_LIMITED, "HTTP_429", retry_after=300.0)] * 2)
+    async with world.running(transport=lambda _settings: transport) as runner:
+        await world.until(lambda: len(transport.sent) == 2 and "target" in runner.ready()[1])
+        await world.until(lambda: not runner.status()["states"]["IN_FLIGHT"])
+        assert len(transport.sent) == 2
+        assert {entry.state for entry in world.broker.attempts.values()} <= {"RETRY_AT", "IN_FLIGHT"}
+    assert world.broker.outcomes() == {}
+
+
 async def test_a_target_that_falls_over_at_every_event_does_not_eat_the_backlog(world):
     for n in range(40):
         world.broker.publish(f"pi_{n}", f"pi_{n}")
