@@ -26,11 +26,12 @@ def run_timeouts(target_class: TargetClass, timeouts: int, seed: int = 1) -> Wor
     # A take-over reads everything that is open: in a longer run there is more of it, so it comes more rarely.
     scale = max(1.0, timeouts / 1000)
     faults = Faults(
-        timeout_after_success=0.3, timeout_unapplied=0.02, refused_for_now=0.02, down=0.02, stalled=0.002, aborts=0.01,
+        # Fewer than the gate takes for trouble: else it lets so few calls through that nothing is tried at once.
+        timeout_after_success=0.19, timeout_unapplied=0.01, refused_for_now=0.02, down=0.01, stalled=0.001, aborts=0.01,
         kill_every=100.0 * scale, lose_session_every=150.0 * scale,
     )  # fmt: skip
     # Each event has its own entity: one that waits for a person holds nobody.
-    events = int(timeouts / 0.28) + 50
+    events = int(timeouts / 0.17) + 50
     return play(target_class, events=events, entities=events, faults=faults, seed=seed)
 
 
