@@ -86,15 +86,25 @@ def sum_up(folded: str) -> dict[str, Samples]:
 def write_summary(folded: str, *, events: float, cpu_per_million: float, threads: dict[str, float]) -> str:
     """Microseconds an event by thread and function, beside what the system says of each thread (CPU s per million).
 
-    ``events`` is the number of events worked off while samples were taken.
+    ``events`` is the number of events worked off while samples were taken. On a crowded machine a thread is seen with
+    the lock while it waits for a core: shares are right then, times are scaled to the CPU of the threads.
     """
     if events <= 0:
         raise ValueError("no events")
     found = sum_up(folded)
     total = sum(samples.total for samples in found.values())
     cost = 1e6 / RATE / events
+    python = sum(cpu for name, cpu in threads.items() if name.startswith("python"))
+    crowded = 0 < python < total * cost
+    if crowded:
+        cost = python / total
     lines = [
-        f"{total} samples at {RATE} a second over {events:.0f} events, holding the interpreter lock.",
+        f"{total} samples at {RATE} a second over {events:.0f} events, holding the interpreter lock."
+        + (
+            " Scaled to the CPU of Python's threads: the machine was busy, they waited with the lock."
+            if crowded
+            else ""
+        ),
         f"us an event: {total * cost:.1f} with the lock, {cpu_per_million:.1f} of CPU in all. CPU by system thread:",
         *(f"{cpu:8.2f}  {name}" for name, cpu in threads.items()),
     ]

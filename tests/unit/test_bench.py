@@ -211,6 +211,15 @@ def test_a_profile_is_given_in_microseconds_an_event():
     assert "   24.50  python 0" in summary
 
 
+def test_a_profile_of_a_crowded_machine_is_scaled_to_the_cpu_of_its_threads():
+    folded = "thread (1): MainThread;main (a.py:1) 300\nthread (2): kafka-x_0;poll (c.py:7) 100\n"
+    threads = {"python 0": 8.0, "python 7": 2.0, "rdk:broker1": 3.0}
+    summary = write_summary(folded, events=100_000, cpu_per_million=13.0, threads=threads)
+    assert "the machine was busy" in summary
+    assert "== MainThread: 7.5 us an event" in summary
+    assert "== kafka-x_0: 2.5 us an event" in summary
+
+
 def test_a_slope_is_that_of_the_line_and_its_interval_holds_it():
     exact = fit_slope([(0.0, 10.0), (1.0, 12.0), (2.0, 14.0), (3.0, 16.0)])
     assert (exact.value, exact.low, exact.high) == pytest.approx((2.0, 2.0, 2.0))
