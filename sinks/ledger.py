@@ -527,7 +527,15 @@ class Ledger:
         attempt.source, attempt.request, attempt.event = SHELVED, None, None
         self.shelved += 1
 
-    # Numbers for people.
+    # Numbers.
+
+    @property
+    def held(self) -> int:
+        """Events read and not yet passed by the frontier.
+
+        What a restart left above it counts when it is read again: intake that waited for it would wait for itself.
+        """
+        return len(self._line)
 
     def count_states(self) -> dict[State, int]:
         """Events per state, without those that are done."""

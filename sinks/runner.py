@@ -546,7 +546,7 @@ class Runner:
     async def _throttle(self) -> None:
         """Intake stops when too much is held here; polling goes on, or the group would throw us out."""
         stopped = sum(shard.ledger.shelved for shard in self._shards)
-        held = sum(len(shard.ledger.attempts) for shard in self._shards) - stopped
+        held = sum(shard.ledger.held for shard in self._shards)
         limits = self._limits
         if not self._is_paused and (held >= limits.open_events or stopped >= limits.stopped_events):
             await self._consumer.pause()

@@ -20,7 +20,7 @@ from schemas.money import Money
 from schemas.tenancy import Authority, Facility, Tenancy
 from sinks import runner as module
 from sinks import shards
-from sinks.attempts import decode_entry
+from sinks.attempts import Entry, decode_entry, encode_entry
 from sinks.catalog import load
 from sinks.contract import Absent, Answer, Found, HttpHead, LookUp, Target, TargetClass, use_nothing
 from sinks.runner import LedgerRefused, Limits, LookUpMissing, Runner
@@ -601,6 +601,22 @@ async def test_what_is_parked_holds_intake_only_past_a_bound_of_its_own(world, s
         world.patients.ambiguous = set()
         await world.until(lambda: [o for o, _ in world.broker.outcomes().values()] == ["posted"] * 60)
     assert sorted(world.receiver.received) == sorted(f"pi_{n}" for n in range(60))
+
+
+async def test_more_finished_work_above_the_frontier_than_may_be_held_does_not_stop_intake_after_a_restart(
+    world, monkeypatch
+):
+    ids = [world.broker.publish(f"pi_{n}", f"pi_{n}") for n in range(40)]
+    entries = [
+        Record(
+            "attempts.epic", 0, n, ids[n].encode(), encode_entry(Entry("DONE", catalog.PAYMENTS, n, f"pi_{n}")), [], 1
+        )
+        for n in range(1, 40)
+    ]
+    monkeypatch.setattr(shards, "read_to_end", lambda *_args, **_options: entries)
+    async with world.running(limits=Limits(poll_records=5, open_events=20)):
+        await world.until(lambda: world.broker.frontier == 40)
+    assert world.receiver.received == ["pi_0"]
 
 
 async def test_many_events_share_a_commit(world):
