@@ -90,7 +90,7 @@ class WorkerSettings(Strict):
         "`group.consumer.session.timeout.ms` (45 s), or `consumer.session.timeout.ms` of the group; a killed worker's "
         "partitions wait that long. Stop all workers to change it.",
     )
-    batch_records: int = Field(default=2000, ge=1, le=20_000, description="Most records in one transaction.")
+    batch_records: int = Field(default=500, ge=1, le=20_000, description="Most records in one transaction.")
     parent_wait_hours: int = Field(
         default=72,
         ge=1,
