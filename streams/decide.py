@@ -121,7 +121,7 @@ class _Printer:
     def __init__(self, codecs: Codecs) -> None:
         self._codecs = codecs
         self._same: dict[tuple[str, str, str], tuple[bytes, bytes, bytes, bytes]] = {}
-        self._second = (-1, "")
+        self._second = (-1, "", b"")
 
     def print(self, record: RawRecord, normalised: Normalised) -> Output:
         """The canonical record of an event. Raises when the event does not fit its schema."""
@@ -161,8 +161,9 @@ class _Printer:
         """RFC 3339."""
         second, rest = divmod(milliseconds, 1000)
         if second != self._second[0]:
-            self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
-        return f"{self._second[1]}.{rest:03d}Z".encode()
+            text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            self._second = (second, text, f"{text}.000Z".encode())
+        return f"{self._second[1]}.{rest:03d}Z".encode() if rest else self._second[2]
 
 
 class _Writer:
