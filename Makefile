@@ -8,6 +8,8 @@ SHELL = /bin/sh
 PY := .venv/bin/python
 STAMP := .venv/.ready
 CONFIG := examples/three-facilities.toml
+# Two processes, whole files each: the tests of a file share a deployment
+ALL_TESTS := -n 2 --dist loadfile --no-loadscope-reorder
 # MiB for the environment, the locked artifacts and the first data
 DISK := 1500
 
@@ -55,7 +57,7 @@ run: $(STAMP) ## Start everything and show it live (ONCE=1, REPORT=file, EVENTS=
 	  $(if $(filter-out 0,$(ONCE)),--once) $(if $(REPORT),--report $(REPORT)) $(if $(EVENTS),--events $(EVENTS))
 
 test: $(STAMP) ## Run all tests: unit, conformance, integration on the real stack (ARGS=...)
-	@$(if $(ARGS),,INVARIANTS_FILE=docs/generated/invariants.json) $(PY) -m pytest $(ARGS)
+	@$(if $(ARGS),,INVARIANTS_FILE=docs/generated/invariants.json) $(PY) -m pytest $(or $(ARGS),$(ALL_TESTS))
 
 check: $(STAMP) ## Check format, lint, types, import rules and generated documents
 	@.venv/bin/ruff format --check .

@@ -1,7 +1,9 @@
-"""For all tests: hypothesis without deadlines, and the count of tests behind each invariant.
+"""For all tests: hypothesis without deadlines, the stack, and the count of tests behind each invariant.
 
 ``tests/invariants.toml`` and the marker ``invariant`` say which tests show which invariant. A run of everything writes
 the counts to the file named by ``INVARIANTS_FILE`` (``make test`` sets it), and the table of them beside it.
+
+``make test`` shares the files out to two processes of pytest-xdist, each with a stack and ports of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import hypothesis
 import pytest
 
 from tests import invariants
+from tests.stacks import open_stack
 
 # A shared machine stalls; how long one example takes says nothing about us.
 hypothesis.settings.register_profile("remitstream", deadline=None)
@@ -21,11 +24,25 @@ hypothesis.settings.load_profile("remitstream")
 TALLY = pytest.StashKey[invariants.Tally]()
 
 
+LONG = ("tests/faults/", "tests/crash_points/", "tests/integration/")
+"""Folders whose files take minutes. They go first: short files at the end let two processes end together."""
+
+
+@pytest.fixture(scope="session")
+def embedded_stack():
+    """The stack itself, for tests that stop and kill its components; they must bring it ``up`` again."""
+    with open_stack() as stack:
+        stack.up()
+        yield stack
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TALLY] = invariants.Tally()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if is_share(config):
+        items.sort(key=lambda item: next((n for n, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG)))
     known = invariants.read()
     for item in items:
         for name in invariants.find(known, item.nodeid):
@@ -37,10 +54,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.user_properties.extend(("invariant", name) for name in sorted(marked))
 
 
+def is_share(config: pytest.Config) -> bool:
+    """Whether this is one of pytest-xdist's processes. All reports come together in the one that started them."""
+    return hasattr(config, "workerinput")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     target = os.environ.get("INVARIANTS_FILE")
-    if target and exitstatus in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
+    if target and not is_share(session.config) and exitstatus in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
         session.config.stash[TALLY].write(Path(target))
 
 

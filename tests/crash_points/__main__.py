@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from runtime.stack import EmbeddedStack
 from tests.crash_points.sweep import Sweep, choose_trials, find_points, list_trials, sweep_all
-from tests.integration.conftest import CACHE, Deployment
+from tests.integration.conftest import Deployment
+from tests.stacks import open_stack
 
 SECONDS_EACH = 3
 """What one run takes on a quiet machine."""
@@ -30,18 +30,18 @@ def main():
     parser.add_argument("--only", default="", metavar="TEXT", help="points whose name holds this text")
     parser.add_argument("--list", action="store_true", help="print the points and stop")
     arguments = parser.parse_args()
-    kept = os.environ.get("KEEP_TEST_STACK")
-    home = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="rs-"))
-    stack = EmbeddedStack(home, CACHE)
     folder = Path(tempfile.mkdtemp(prefix="crash-points-"))
-    deployment = sweep = None
-    try:
+    with contextlib.ExitStack() as opened:
+        opened.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack = opened.enter_context(open_stack())
         # State and secrets lie beside a deployment's folder.
         own = folder / "deployment"
         own.mkdir()
         deployment = Deployment(own, stack.up(), {"worker.partitions": "1"})
+        opened.callback(deployment.close)
         deployment.provision()
         sweep = Sweep(deployment)
+        opened.callback(sweep.close)
         trials = [trial for trial in list_trials(find_points(sweep, say)) if arguments.only in str(trial)]
         if arguments.sample:
             trials = choose_trials(trials, arguments.seed, arguments.sample)
@@ -51,15 +51,6 @@ def main():
                 say(str(trial))
         else:
             say(str(sweep_all(sweep, trials, say)))
-    finally:
-        if sweep is not None:
-            sweep.close()
-        if deployment is not None:
-            deployment.close()
-        shutil.rmtree(folder, ignore_errors=True)
-        if not kept:
-            stack.reset()
-            shutil.rmtree(home, ignore_errors=True)
     return 0
 
 

@@ -1,5 +1,5 @@
-"""The stack and deployments of the integration tests."""
+"""The deployments of the integration tests."""
 
-from tests.integration.conftest import deploy_for_module, embedded_stack
+from tests.integration.conftest import deploy_for_module
 
-__all__ = ["deploy_for_module", "embedded_stack"]
+__all__ = ["deploy_for_module"]

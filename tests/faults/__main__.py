@@ -14,10 +14,10 @@ from pathlib import Path
 
 from runtime.stack import EmbeddedStack
 from tests.faults import plan as plans
-from tests.faults.fleet import choose_stack_ports
 from tests.faults.report import build_result, render
 from tests.faults.run import run_plan
-from tests.integration.conftest import CACHE, ROOT
+from tests.integration.conftest import ROOT
+from tests.stacks import CACHE, choose_ports
 
 
 def main():
@@ -42,7 +42,7 @@ def main():
     folder = home / "site"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    stack = EmbeddedStack(home / "stack", CACHE, ports=choose_stack_ports())
+    stack = EmbeddedStack(home / "stack", CACHE, ports=choose_ports())
     try:
         stack.reset()
         verdict, fault_run = run_plan(folder, stack, plan, on_start=_listen)

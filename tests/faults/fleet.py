@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import random
-import secrets
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -23,31 +20,13 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 
 from tests.faults.oracle import DIRECT, QUIET, RAW, Tail
 from tests.integration.conftest import Deployment
+from tests.ports import find_ports
 
 GROUP = "remitstream.worker"
 SHIPPED = (sys.executable, "-m", "runtime.cli")
 LEFT, ONGOING, PREPARED = -1, 1, (2, 3)
 """States of a transaction in the coordinator's log: not of this life (a mark of ours); open; commit or abort decided,
 markers not all written."""
-
-
-def find_ports(count):
-    """The first of so many free ports in a row, below the range of outgoing connections."""
-    while True:
-        first = 10_000 + secrets.randbelow(10_000)
-        if all(_is_free(first + number) for number in range(count)):
-            return first
-
-
-def choose_stack_ports():
-    """Ports of a stack: another one on this machine must not take one while a part of this one is down."""
-    roles = ("kafka", "controller", "registry", "redis")
-    return dict(zip(roles, itertools.count(find_ports(len(roles))), strict=False))
-
-
-def _is_free(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 class TransactionLog:
@@ -236,7 +215,7 @@ class Site:
             self.stack,
             {
                 "health.worker": str(self.worker_port),
-                "health.projector": str(find_ports(1)),
+                "health.projector": str(find_ports()),
                 "worker.partitions": "4",
                 **(overrides or {}),
             },

@@ -1,7 +1,4 @@
-"""Fixtures of the real stack: one Kafka, registry and Redis for the whole run, fresh topics for each deployment.
-
-``KEEP_TEST_STACK`` may name a folder whose embedded stack is kept running between runs (while developing).
-"""
+"""Deployments on the real stack (``embedded_stack`` in ``tests/conftest.py``): fresh topics for each."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -28,41 +24,19 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.account import balance_books
 from runtime.settings import ensure_secrets, read_settings
-from runtime.stack import EmbeddedStack
 from schemas.failure import TemporaryError
+from tests.ports import find_ports
 from topics import provision
 from topics.registry import Registry, register_schemas
 
 ROOT = Path(__file__).parents[2]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remitstream"
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-@pytest.fixture(scope="session")
-def embedded_stack():
-    """The stack itself, for tests that stop and kill its components; they must bring it ``up`` again."""
-    kept = os.environ.get("KEEP_TEST_STACK")
-    home = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="rs-"))
-    stack = EmbeddedStack(home, CACHE)
-    try:
-        stack.up()
-        yield stack
-    finally:
-        if not kept:
-            stack.reset()
-            shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture
 def stack(embedded_stack):
     """Addresses of the running stack: ``kafka_bootstrap``, ``registry_url``, ``redis_url``."""
     return embedded_stack.up()
-
-
-def find_free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Deployment:
@@ -74,11 +48,11 @@ class Deployment:
         self.path = folder / "three-facilities.toml"
         text = (ROOT / "examples" / "three-facilities.toml").read_text("utf-8")
         for port in (2661, 2662, 2663):
-            text = text.replace(f"port = {port}", f"port = {find_free_port()}")
+            text = text.replace(f"port = {port}", f"port = {find_ports()}")
         self.path.write_text(text, "utf-8")
         shutil.copytree(ROOT / "examples" / "overlays", folder / "overlays")
-        self.ports = {role: find_free_port() for role in ("receiver", "listener", "projector", "worker", "deliverer")}
-        self.receiver_port, self.listener_port = find_free_port(), find_free_port()
+        self.ports = {role: find_ports() for role in ("receiver", "listener", "projector", "worker", "deliverer")}
+        self.receiver_port, self.listener_port = find_ports(), find_ports()
         self.overrides = {
             "stack.embedded": "true",
             "kafka.bootstrap": stack.kafka_bootstrap,

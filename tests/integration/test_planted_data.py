@@ -19,7 +19,7 @@ from sandbox.plan import FacilityPlan, TrafficPlan
 from sandbox.scenario import build
 from sandbox.traffic import drive
 from schemas.keys import HmacKey
-from tests.integration.traffic import Texts, find_ports, read_files
+from tests.integration.traffic import Texts, assign_ports, read_files
 from topics import catalog
 from topics.reading import TopicReader
 
@@ -158,7 +158,7 @@ class Site:
 
 @pytest.fixture
 def site(deploy):
-    ports = find_ports()
+    ports = assign_ports()
     names = {key.replace(".", "__"): str(port) for key, port in ports.items() if key.startswith(("sand", "targets"))}
     return Site(deploy(**names, log__level="debug"))
 

@@ -2,7 +2,6 @@
 name."""
 
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -13,8 +12,9 @@ import pytest
 from streams.slot import SlotTaken
 from streams.suspects import ALONE, EXITS
 from tests.integration import lethal_worker
-from tests.integration.conftest import ROOT, find_free_port
+from tests.integration.conftest import ROOT
 from tests.integration.test_streams import Plant, build_body, plan_traffic
+from tests.ports import find_ports
 
 pytestmark = pytest.mark.integration
 
@@ -37,21 +37,9 @@ def list_loaded(deployment, slot):
     return {path.name for path in folder.glob("stripe-*")}
 
 
-def find_two_ports():
-    """A port whose successor is free, too."""
-    while True:
-        port = find_free_port()
-        try:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", port + 1))
-        except OSError:
-            continue
-        return port
-
-
 @pytest.mark.parametrize("protocol", ["classic", "consumer"])
 def test_two_workers_share_the_work_and_one_that_is_killed_comes_back(deploy, protocol):
-    port = find_two_ports()
+    port = find_ports(2)
     deployment = deploy(
         worker__partitions="4",
         worker__batch_records="25",

@@ -17,10 +17,10 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from runtime.stack import EmbeddedStack, embedded
 from runtime.stack.errors import PortTakenError
+from tests.stacks import CACHE, choose_ports
 
 pytestmark = pytest.mark.integration
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remitstream"
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -28,7 +28,7 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def stack():
     # a short path of its own: the tests kill components, which nobody else's stack should suffer
     home = Path(tempfile.mkdtemp(prefix="rs-", dir="/tmp"))
-    stack = EmbeddedStack(home, CACHE)
+    stack = EmbeddedStack(home, CACHE, ports=choose_ports())
     try:
         stack.up()
         yield stack

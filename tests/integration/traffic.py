@@ -9,10 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import secrets
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from runtime.settings import read_settings
 from sandbox.expected import read_expected
+from tests.ports import find_ports
 
 ROOT = Path(__file__).parents[2]
 EQUATION = ("canonical", "suppressed", "ignored", "patient_update", "waiting", "in_review", "dead_lettered")
@@ -44,16 +43,9 @@ PORTS = (
 )
 
 
-def find_ports():
+def assign_ports():
     """A free port for everything that listens, outside the range of outgoing connections."""
-    found = {}
-    while len(found) < len(PORTS):
-        port = 10_000 + secrets.randbelow(10_000)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if port not in found.values() and probe.connect_ex(("127.0.0.1", port)) != 0:
-                found[PORTS[len(found)]] = port
-    return found
+    return {key: find_ports() for key in PORTS}
 
 
 class Finished:
@@ -122,7 +114,7 @@ class Home:
         shutil.copytree(ROOT / "examples", folder / "examples")
         self.config = folder / "examples" / "three-facilities.toml"
         self.data = folder / ".remitstream"
-        self.ports = find_ports()
+        self.ports = assign_ports()
         self.expected_path = self.data / "expected.json"
         self._runs = 0
 
