@@ -50,8 +50,9 @@ class BenchBroken(Exception):
 class Ground:
     """The stack and what lies in it. ``with Ground(seed, most) as ground`` leaves nothing running."""
 
-    def __init__(self, traffic: webhooks.Traffic) -> None:
+    def __init__(self, traffic: webhooks.Traffic, *, patients: int = webhooks.PATIENTS) -> None:
         self.traffic = traffic
+        self.patients = patients
         self.folder = Path(tempfile.mkdtemp(prefix="remitstream-bench-"))
         self.hops: dict[str, list[tuple[int, int]]] = {}
         self._stack = EmbeddedStack(self.folder / "stack", CACHE)
@@ -199,7 +200,7 @@ class Ground:
         producer = Producer(
             {"bootstrap.servers": self.bootstrap, "partitioner": "murmur2_random", "linger.ms": 20, "log_level": 2}
         )
-        for patient in range(webhooks.PATIENTS):
+        for patient in range(self.patients):
             facility = webhooks.FACILITIES[patient % 2]
             identifier = Reference(facility.upper(), "MR", webhooks.write_mrn(patient))
             record = PatientRecord(
