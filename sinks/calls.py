@@ -133,6 +133,19 @@ class Calls:
         self._draining = True
         self.withdraw_line("STOPPING")
 
+    async def finish_leaving(self, seconds: float) -> None:
+        """Of partitions that are leaving: withdraw what is not written, wait so long for the answers of the rest."""
+        for call in [call for call in self._line if call.shard.is_leaving]:
+            self._line.remove(call)
+            self._results.append((call, Failed(WITHDRAWN, "REVOKED")))
+        written = [task for task, call in self._running.items() if call.shard.is_leaving and call.attempt.written]
+        if written:
+            await asyncio.wait(written, timeout=seconds)
+        # One that still waits for its connection passes no look before a write any more.
+        for call in self._running.values():
+            if call.shard.is_leaving and not call.attempt.written:
+                self._results.append((call, Failed(WITHDRAWN, "REVOKED")))
+
     async def close(self) -> None:
         """Give up what is on the wire, close the connections."""
         for task in list(self._running):
@@ -192,7 +205,7 @@ class Calls:
             raise Withdrawn("WRITE_OPEN")
 
     def _check_lease(self, call: Call) -> None:
-        if not call.shard.owned:
+        if not call.shard.owned or call.shard.is_leaving:
             raise Withdrawn("REVOKED")
         if self._draining:
             raise Withdrawn("STOPPING")

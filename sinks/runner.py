@@ -15,29 +15,29 @@ import asyncio
 import contextlib
 import random
 import time
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from schemas.events import Outcome
-from schemas.failure import ConfigurationError, FatalError, TemporaryError
+from schemas.failure import ConfigurationError, TemporaryError
 from schemas.wire import load_schema
-from sinks.attempts import WITHDRAWN, Failed, Flush, State
+from sinks.attempts import WITHDRAWN, Failed, State
 from sinks.calls import Call, Calls, Result
 from sinks.contract import Answer, TargetClass
 from sinks.decisions import DecisionFeed, Decisions
 from sinks.gate import Gate
 from sinks.intake import Intake, Patients
 from sinks.policy import Moment, Policy, Step
-from sinks.reports import SCHEMA, SUBJECT, Codecs, build_outcome, build_report_letter
-from sinks.shards import Shard, Shards
+from sinks.reports import SCHEMA, SUBJECT, Codecs
+from sinks.shards import Shards
+from sinks.transactions import Transactions
 from sinks.transport import Finder, open_transport
 from telemetry.log import get_log
 from telemetry.metrics import METRICS, Metric, Metrics
 from topics import catalog
-from topics.group import GroupConsumer, StaleAssignment
+from topics.group import GroupConsumer, LastWork
 from topics.reading import Record, build_record
 from topics.registry import SchemaMissing
-from topics.transaction import Output, RecordRefused, TransactionAborted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -59,12 +59,8 @@ _LONG_WAIT = 2.0
 """Seconds of a target's own wait, past which what stands in line is put back into the ledger."""
 
 
-class LedgerRefused(FatalError):
-    """The broker refuses a record of a delivery transaction that cannot be made smaller."""
-
-    code = "RS331"
-    meaning = "The broker refuses a ledger entry or outcome that must be written, for example because it is too large."
-    default_remedy = "Raise `max.message.bytes` of the named topic; `remitstream topics check` compares the settings."
+_HAND_OVER_SECONDS = 5.0
+"""At most, for the answers of partitions that are taken away."""
 
 
 class LookUpMissing(ConfigurationError):
@@ -164,8 +160,8 @@ class Runner:
             is_lease_fresh=self._is_lease_fresh,
             metrics=metrics,
         )
-        self._attempts_topic = catalog.name_attempts(self.name)
-        self._shards = Shards(kafka, self._attempts_topic, self._policy)
+        attempts_topic = catalog.name_attempts(self.name)
+        self._shards = Shards(kafka, attempts_topic, self._policy)
         group = f"remitstream.deliver.{self.name}"
         process = f"{group}.{instance}.{slot}"
         self._consumer = GroupConsumer(
@@ -177,27 +173,38 @@ class Runner:
             build=build_record,
             load=self._shards.load,
             release=self._shards.release,
+            hand_over=self._hand_over,
             report=self._report_load,
             keeps_records=True,
         )
+        self._transactions = Transactions(
+            self._consumer,
+            self._shards,
+            target=self.name,
+            attempts_topic=attempts_topic,
+            decode=self._decode_fetched,
+            metrics=metrics,
+            log=self._log,
+        )
         self._decisions = Decisions(DecisionFeed(kafka, self.name, registry.find_schema), self.name)
-        self._codecs: Codecs | None = None
         self._intake: Intake | None = None
         self._committed_calls: list[Call] = []
         self._identity_pause = 0.0
         self._identity_asked_again = 0.0
         self._held: TemporaryError | None = None
-        self._failures = 0
         self._was_shut = False
         self._measured_at = 0.0
         self._is_paused = False
         self._stopping = asyncio.Event()
         self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_at_rest = False
 
     # For the process that runs it.
 
     async def run(self) -> None:
         """Deliver until ``stop``. Raises ``OperatorError``; what was under way is settled after the restart."""
+        self._loop = asyncio.get_running_loop()
         try:
             await self._persist(self._prepare)
             await self._persist(self._consumer.start)
@@ -215,7 +222,7 @@ class Runner:
     def ready(self) -> tuple[bool, dict[str, str]]:
         """Whether events are being delivered, and if not, why. Safe to call from the event loop at any time."""
         reasons: dict[str, str] = {}
-        if not self._consumer.is_ready() or self._codecs is None:
+        if not self._consumer.is_ready() or self._intake is None:
             reasons["group"] = "joining, or loading the ledger"
         if self._held is not None:
             reasons["paused"] = f"{self._held.code} at {self._held.place}"
@@ -260,13 +267,13 @@ class Runner:
         schema_id = await asyncio.to_thread(self._registry.find_id, SUBJECT, schema)
         if schema_id is None:
             raise SchemaMissing("the schema of outcomes is not registered.", place=SUBJECT)
-        self._codecs = Codecs(self._registry, schema_id)
+        codecs = self._transactions.codecs = Codecs(self._registry, schema_id)
         self._intake = Intake(
             self.target,
             self._settings,
             self._tenancy,
             self._policy,
-            codecs=self._codecs,
+            codecs=codecs,
             patients=self._identities,
         )
 
@@ -289,7 +296,12 @@ class Runner:
     async def _cycle(self) -> bool:
         """Whether everything decided so far is committed."""
         busy = bool(self._calls.under_way or self._calls.has_results)
-        polled = await self._consumer.poll(self._limits.poll_records, _BUSY_WAIT if busy else _IDLE_WAIT)
+        # Only here is all that was decided in the ledgers, so only here may partitions be handed over.
+        self._is_at_rest = True
+        try:
+            polled = await self._consumer.poll(self._limits.poll_records, _BUSY_WAIT if busy else _IDLE_WAIT)
+        finally:
+            self._is_at_rest = False
         number, frontiers = await self._consumer.call(self._look)
         moment = self._clock.now()
         await self._follow_assignment(frontiers, moment)
@@ -300,7 +312,7 @@ class Runner:
             await self._admit(polled.records, moment)
         if not self._draining:
             self._committed_calls += await self._begin(moment)
-        is_committed = await self._commit(number, moment)
+        is_committed = await self._transactions.commit(number, moment)
         if is_committed:
             # Not those whose entry the broker refused, nor those taken away.
             ready = [call for call in self._committed_calls if call.shard.owned and call.attempt.calling]
@@ -370,7 +382,7 @@ class Runner:
             shard = self._shards.find(record.topic, record.partition)
             if shard is None or record.offset < shard.ledger.position:
                 continue
-            hop = self._name_hop(shard, record.offset)
+            hop = self._transactions.name_hop(shard, record.offset)
             while True:
                 try:
                     self._intake.admit(shard, record, hop, moment)
@@ -466,82 +478,7 @@ class Runner:
         self._identity_pause = min(5.0, max(0.2, self._identity_pause * 2))
         self._identity_asked_again = moment.steady + self._identity_pause
 
-    # Committing.
-
-    async def _commit(self, number: int, moment: Moment) -> bool:
-        """Write everything decided since the last commit. False: nothing of it is visible, it is tried again."""
-        flushes = [
-            (shard, flush)
-            for shard in self._shards
-            if shard.owned and (shard.ledger.has_changes or shard.ledger.position != shard.ledger.frontier)
-            for flush in (shard.ledger.flush(),)
-            if flush.records or flush.reports or flush.frontier != shard.ledger.frontier
-        ]
-        if not flushes:
-            return True
-        for _, flush in flushes:
-            for report in flush.reports:
-                await self._decode_fetched(report.attempt)
-        outputs = [output for shard, flush in flushes for output in self._build_outputs(shard, flush, moment.wall)]
-        # A partition whose frontier does not move sends it all the same: an offset is what fences a zombie.
-        positions = {(shard.topic, shard.partition): flush.frontier for shard, flush in flushes}
-        try:
-            await self._consumer.commit(number, outputs, positions)
-        except StaleAssignment:
-            return False
-        except TransactionAborted as error:
-            self._failures += 1
-            self._metrics.add(Metric.ABORTS, 1, role="deliverer", reason=str(error))
-            self._log.warning("transaction_rolled_back", reason=str(error))
-            await asyncio.sleep(random.uniform(0, min(5.0, 0.1 * 2 ** min(self._failures, 6))))  # noqa: S311 - jitter
-            return False
-        except RecordRefused as refusal:
-            self._take_refusal(refusal, moment)
-            return False
-        self._failures = 0
-        for shard, flush in flushes:
-            shard.ledger.confirm(flush)
-            self._count(flush)
-        return True
-
-    def _take_refusal(self, refusal: RecordRefused, moment: Moment) -> None:
-        """The broker does not take a record for what it is: its event becomes a dead letter, the others go on."""
-        self._metrics.add(Metric.ABORTS, 1, role="deliverer", reason="record_refused")
-        if not refusal.cause:
-            return  # known only to be among them: the next attempt sends one by one
-        self._log.warning("record_refused", event_id=refusal.cause, code=refusal.code)
-        for shard in self._shards:
-            attempt = shard.ledger.attempts.get(refusal.cause)
-            if attempt is not None and shard.ledger.refuse(attempt, refusal.code, moment):
-                return
-        raise LedgerRefused(f"refused with {refusal.code}.", place=self._attempts_topic)
-
-    def _build_outputs(self, shard: Shard, flush: Flush, now_ms: int) -> list[Output]:
-        assert self._codecs is not None
-        outputs = [
-            Output(self._attempts_topic, event_id.encode(), value, partition=shard.partition, cause=event_id)
-            for event_id, value in flush.records
-        ]
-        for report in flush.reports:
-            outputs.append(build_outcome(report, self.name, self._codecs, now_ms))
-            if report.dead_letter:
-                hop = self._name_hop(shard, report.attempt.offset)
-                outputs.append(build_report_letter(report, self.name, hop, now_ms))
-        return outputs
-
-    def _count(self, flush: Flush) -> None:
-        for report in flush.reports:
-            self._metrics.add(Metric.DELIVERIES, 1, target=self.name, outcome=report.outcome.value)
-            if report.dead_letter:
-                self._metrics.add(Metric.DEAD_LETTERS, 1, stage=self.name, code=report.code)
-            if report.outcome in _FOR_PEOPLE:
-                self._log.error(
-                    f"event_{report.outcome.value}",
-                    event_id=report.attempt.event_id,
-                    failure=report.failure,
-                    code=report.code,
-                    attempt=report.number,
-                )
+    # Holding back.
 
     async def _throttle(self) -> None:
         """Intake stops when too much is held here; polling goes on, or the group would throw us out."""
@@ -575,27 +512,52 @@ class Runner:
         await self._consumer.pause()
         self._calls.drain()
         moment = self._clock.now()
-        for call in self._committed_calls:
-            if call.attempt.calling:
-                self._take_result(call, Failed(WITHDRAWN, "STOPPING"), moment)
-        self._committed_calls.clear()
+        self._withdraw_committed(lambda _call: True, "STOPPING", moment)
         until = moment.steady + self._transport.call_deadline + 5
         while self._clock.now().steady < until:
             if await self._cycle() and not self._calls.under_way and not self._calls.has_results:
                 break
+
+    async def _finish_leaving(self, partitions: Sequence[Partition]) -> LastWork:
+        """The work of partitions that are taken away, after the answers of what is on the wire."""
+        if not self._is_at_rest:
+            return LastWork()  # what is on the wire is unknown to the next owner, as after a kill
+        shards = [shard for key in partitions for shard in (self._shards.find(*key),) if shard is not None]
+        for shard in shards:
+            shard.is_leaving = True
+        self._withdraw_committed(lambda call: call.shard.is_leaving, "REVOKED", self._clock.now())
+        await self._calls.finish_leaving(self._hand_over_seconds)
+        moment = self._clock.now()
+        self._settle(moment)
+        return self._transactions.build_last(shards, moment)
+
+    def _withdraw_committed(self, chosen: Callable[[Call], bool], code: str, moment: Moment) -> None:
+        """Give up calls that wait for their commit or their place in line."""
+        for call in self._committed_calls:
+            if chosen(call) and call.attempt.calling:
+                self._take_result(call, Failed(WITHDRAWN, code), moment)
+        self._committed_calls = [call for call in self._committed_calls if not chosen(call)]
+
+    @property
+    def _hand_over_seconds(self) -> float:
+        """How long partitions that are taken away wait for answers: the whole group waits with them."""
+        return min(self._transport.call_deadline, _HAND_OVER_SECONDS, self._kafka.session_timeout_seconds / 4)
 
     async def _close(self) -> None:
         await self._calls.close()
         await asyncio.to_thread(self._decisions.close)
         await self._consumer.close()
 
-    # Called by the group, on a loader thread.
+    # Called by the group: on the consumer's thread, which stands still meanwhile, and on a loader thread.
+
+    def _hand_over(self, partitions: Sequence[Partition]) -> LastWork:
+        assert self._loop is not None
+        finishing = asyncio.run_coroutine_threadsafe(self._finish_leaving(partitions), self._loop)
+        try:
+            return finishing.result(self._hand_over_seconds + 1.0)
+        except (TimeoutError, CancelledError):
+            finishing.cancel()
+            return LastWork()
 
     def _report_load(self, event: str, error: OperatorError) -> None:
         self._log.warning(event, code=error.code, place=error.place)
-
-    def _name_hop(self, shard: Shard, offset: int) -> str:
-        return f"{self._consumer.topic_ids.get(shard.topic, shard.topic)}:{shard.partition}:{offset}"
-
-
-_FOR_PEOPLE = frozenset({Outcome.REJECTED, Outcome.DEAD_LETTERED, Outcome.UNKNOWN})

@@ -31,12 +31,16 @@ class LedgerUnreadable(FatalError):
 
 @dataclass(eq=False, slots=True)
 class Shard:
-    """One owned partition of one canonical topic. ``owned`` turns false, for good, when it is taken away."""
+    """One owned partition of one canonical topic. ``owned`` turns false, for good, when it is taken away.
+
+    ``is_leaving``: it is about to be; answers are still taken, nothing more is written.
+    """
 
     topic: str
     partition: int
     ledger: Ledger
     owned: bool = True
+    is_leaving: bool = False
 
 
 class Shards:

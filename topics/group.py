@@ -110,14 +110,26 @@ class _Owned:
     """Just assigned or sought: the first record is checked against the frontier."""
 
 
+@dataclass(frozen=True, slots=True)
+class LastWork:
+    """What is committed for partitions just before they are given up; ``committed`` runs after it."""
+
+    outputs: Sequence[Output] = ()
+    positions: Mapping[Partition, int] = field(default_factory=dict)
+    committed: Callable[[], None] = lambda: None
+
+
 class GroupConsumer(Generic[R]):
     """A member of a consumer group with exactly-once positions.
 
     ``build`` makes the caller's record of a message, its topic, partition and offset (``topics.reading.build_record``).
     ``load`` is called in a worker thread for each newly assigned partition, before its first record, and returns when
     the partition's local state is current (it may raise ``TemporaryError`` to be called again). ``release`` is called
-    on the consumer's thread when a partition is taken away. ``keeps_records`` says that the caller keeps records above
-    the frontier over a rewind and finishes them meanwhile: then those that come again below it are dropped.
+    on the consumer's thread when a partition is taken away. ``hand_over`` is called on it before that, while the group
+    waits and gives the partitions to nobody: what it returns is committed under the assignment number that still holds.
+    It is not called when they are lost already, nor by ``close``. It must return well before the session ends.
+    ``keeps_records`` says that the caller keeps records above the frontier over a rewind and finishes them meanwhile:
+    then those that come again below it are dropped.
     ``membership`` says how partitions are shared out; ``partitions`` is the count every topic must have.
     """
 
@@ -132,6 +144,7 @@ class GroupConsumer(Generic[R]):
         build: Callable[[Any, str, int, int], R],
         load: Callable[[str, int], None] = lambda _topic, _partition: None,
         release: Callable[[str, int], None] = lambda _topic, _partition: None,
+        hand_over: Callable[[Sequence[Partition]], LastWork] = lambda _partitions: LastWork(),
         report: Callable[[str, OperatorError], None] = lambda _event, _error: None,
         keeps_records: bool = False,
         membership: Membership = Membership.STICKY,
@@ -147,6 +160,7 @@ class GroupConsumer(Generic[R]):
         self._build = build
         self._load = load
         self._release = release
+        self._hand_over = hand_over
         self._report = report
         self._keeps_records = keeps_records
         self._membership = membership
@@ -260,7 +274,7 @@ class GroupConsumer(Generic[R]):
             }
         )
         self._consumer.subscribe(
-            self.topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+            self.topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
 
     def _poll(self, max_records: int, wait: float) -> Polled[R]:
@@ -429,6 +443,30 @@ class GroupConsumer(Generic[R]):
         self._is_placing = False
 
     def _on_revoke(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        self._finish([(partition.topic, partition.partition) for partition in partitions])
+        self._on_lost(consumer, partitions)
+
+    def _finish(self, keys: Sequence[Partition]) -> None:
+        """The last transaction of partitions that are given up.
+
+        Nobody else has them before this callback returns: the group's next generation needs our answer. Should it have
+        gone on without us, its coordinator refuses the offsets, and with them all of the transaction.
+        """
+        active = [key for key in keys if key in self._owned and self._owned[key].active]
+        if not active or self._closed or self.failure is not None:
+            return
+        try:
+            with self._once_failed_for_good():
+                work = self._hand_over(active)
+                if work.positions:
+                    self._transact(self.number, work.outputs, (), work.positions)
+                    work.committed()
+        except (TransactionAborted, RecordRefused) as error:
+            self._report("hand_over_rolled_back", TemporaryError(str(error), place=self.group))
+        except Exception:  # noqa: BLE001 - kept in ``failure``: nothing may be raised through the client
+            return
+
+    def _on_lost(self, consumer: Any, partitions: list[TopicPartition]) -> None:
         self.number += 1
         for partition in partitions:
             if self._owned.pop((partition.topic, partition.partition), None) is not None:

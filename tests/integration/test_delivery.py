@@ -115,7 +115,7 @@ class Site:
     def port(self):
         return self.billing.ports[self.name]
 
-    def build_runner(self, patients=None, **options):
+    def build_runner(self, patients=None, instance="test", **options):
         target, settings = build_settings(self.name, self.port, dedupe=self.dedupe)
         return Runner(
             self.kafka,
@@ -124,7 +124,7 @@ class Site:
             build_tenancy(self.name),
             registry=self.registry,
             identities=patients or EverybodyKnown(),
-            instance="test",
+            instance=instance,
             **options,
         )
 
@@ -334,6 +334,38 @@ async def test_class_d_never_resends_and_stops_the_entity(make_site):
         assert last["pi_9"] == ["posted"]
         assert site.read_dead_letters() == []
         assert len(site.read_open_entries()) == 3
+    finally:
+        await site.billing.stop()
+
+
+@pytest.mark.parametrize("hands_over", [True, False])
+async def test_answers_on_the_wire_are_recorded_before_partitions_go_to_another_process(make_site, hands_over):
+    """Class D: each answer that the old owner does not record would be a person's work. Without the wait, some are."""
+    site = make_site(dedupe=False)
+    await site.billing.start()
+    try:
+        await site.billing.set_mode(Mode(ModeKind.SLOW, seconds=0.5))
+        first, second = (site.build_runner(instance=name) for name in ("first", "second"))
+        if not hands_over:
+            first._consumer._finish = lambda _keys: None
+        async with Running(first):
+            await wait_until(lambda: first.ready()[0] and len(first.status()["partitions"]) > 1)
+            owned = set(first.status()["partitions"])
+            site.publish([("capture", f"pi_{n}", f"pi_{n}", 500) for n in range(40)])
+            await wait_for_postings(site, 4)
+            async with Running(second):
+                await wait_until(lambda: count_final(site) == 40)
+                taken = set(second.status()["partitions"])
+                assert taken
+                assert taken < owned
+        postings = Counter(row["description"] for row in site.read_postings())
+        assert max(postings.values()) == 1
+        last = Counter(outcome for outcomes in site.read_last_outcomes().values() for outcome in outcomes)
+        if hands_over:
+            assert last == {"posted": 40}
+            assert site.read_open_entries() == []
+        else:
+            assert last["unknown"] > 0
     finally:
         await site.billing.stop()
 

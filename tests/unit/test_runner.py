@@ -23,7 +23,8 @@ from sinks import shards
 from sinks.attempts import Entry, decode_entry, encode_entry
 from sinks.catalog import load
 from sinks.contract import Absent, Answer, Found, HttpHead, LookUp, Target, TargetClass, use_nothing
-from sinks.runner import LedgerRefused, Limits, LookUpMissing, Runner
+from sinks.runner import Limits, LookUpMissing, Runner
+from sinks.transactions import LedgerRefused
 from sinks.transport import MllpTransport
 from telemetry.metrics import Metrics
 from topics import catalog
@@ -70,6 +71,7 @@ class Broker:
         self.before_commit = lambda: None
         self.refuses = lambda output: False
         self.is_searching = False
+        self.last_work = None
 
     def publish(self, name, root, kind="capture", value=None, padding="e"):
         key = f"stripe:acct:{kind}:{name}"
@@ -96,8 +98,8 @@ class Broker:
 class Group:
     """The part of ``GroupConsumer`` that the runner uses, over a ``Broker``."""
 
-    def __init__(self, kafka, *, load, release, keeps_records, **_):
-        self.load, self.release = load, release
+    def __init__(self, kafka, *, load, release, hand_over, keeps_records, **_):
+        self.load, self.release, self.hand_over = load, release, hand_over
         assert keeps_records
         self.broker = Group.broker
         self.position = None
@@ -125,6 +127,7 @@ class Group:
         await asyncio.sleep(0.001)
         if not self.broker.owned:
             if self.loaded:
+                self.broker.last_work = await asyncio.to_thread(self.hand_over, [PAYMENTS])
                 self.loaded = False
                 self.release(*PAYMENTS)
             return Polled(self.number)
@@ -722,3 +725,46 @@ async def test_an_old_lease_withdraws_a_look_up(world):
 async def test_class_c_without_a_look_up_is_refused_at_the_start(world):
     with pytest.raises(LookUpMissing, match="class C"):
         world.build(target=replace(world.target, classify=lambda _settings: TargetClass.C))
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+async def test_partitions_that_are_taken_away_wait_for_answers_and_write_nothing_more(world, is_answered):
+    ids = [world.broker.publish(f"pi_{n}", f"pi_{n}") for n in range(6)]
+    answer = asyncio.Event()
+
+    class Slow:
+        """Says that it wrote, and answers when told."""
+
+        call_deadline = 0.3
+        connections = 2
+
+        def __init__(self, _settings):
+            self.written = []
+
+        async def send(self, request, before_write):
+            before_write()
+            self.written.append(request)
+            await answer.wait()
+            return Answer(None, "AA")
+
+        async def close(self):
+            pass
+
+    slow = Slow(None)
+    async with world.running(transport=lambda _settings: slow) as runner:
+        await world.until(lambda: len(slow.written) == 2)
+        asyncio.get_running_loop().call_later(0.05, answer.set if is_answered else lambda: None)
+        world.broker.owned = False
+        await world.until(lambda: world.broker.last_work is not None)
+        answer.set()
+        await world.until(lambda: not runner._calls.under_way)
+    assert len(slow.written) == 2
+    work = world.broker.last_work
+    entries = {o.key.decode(): o.value for o in work.outputs if o.topic.startswith("attempts.")}
+    states = {event_id: decode_entry(value).state for event_id, value in entries.items() if value is not None}
+    # What was durable and not written is no doubt of the next owner.
+    assert {states.get(event_id) for event_id in ids[2:]} <= {"RETRY_AT", None}
+    assert "IN_FLIGHT" not in states.values()
+    assert work.positions == {PAYMENTS: 2 if is_answered else 0}
+    reported = [output for output in work.outputs if output.topic == catalog.DELIVERIES]
+    assert len(reported) == (2 if is_answered else 0)
