@@ -72,8 +72,11 @@ bench: $(STAMP) ## Measure the worker beside other stream libraries; says first 
 soak: $(STAMP) ## Does the worker's memory stay flat: 20 minutes at a steady rate, then every event is checked (ARGS=...)
 	@$(PY) -m bench.soak $(ARGS)
 
-faults: $(STAMP) ## Kill, freeze and rob workers for 20 minutes under a steady stream, then judge every record (ARGS=...)
+faults: $(STAMP) ## Kill, freeze and rob workers under a steady stream, die at every point of a batch: 35 minutes (ARGS=...)
+	@$(if $(ARGS),,echo "about 35 minutes: workers under faults 20, every point of a batch 10, the deliverer in virtual time 5")
 	@$(PY) -m tests.faults $(ARGS)
+	@$(if $(ARGS),,$(PY) -m tests.crash_points --all)
+	@$(if $(ARGS),,$(PY) -m tests.delivery_faults --long)
 
 contract: $(STAMP) ## Send the targets' requests to Prism over the vendors' documents (needs node, npm and the documents)
 	@$(PY) -m tests.contract
