@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Protocol
 
@@ -75,6 +76,10 @@ def parse_origin(declared: str) -> Origin:
     return Origin(origin.scheme, f"*.{origin.host}", origin.port)
 
 
+_MOST_ACCEPTED = 1000
+"""Origins remembered as allowed: a wildcard covers any number."""
+
+
 class HostPolicy:
     """Where one target instance may be called.
 
@@ -86,6 +91,7 @@ class HostPolicy:
 
     def __init__(self, declared: Iterable[str], *, private: Iterable[str] = ()) -> None:
         self._declared = tuple(parse_origin(text) for text in declared)
+        self._accepted: set[Origin] = set()
         self._networks = []
         self._names = set()
         for entry in private:
@@ -106,10 +112,14 @@ class HostPolicy:
         if parsed.raw_user is not None or parsed.raw_password is not None:
             # It would be sent as credentials.
             raise HostRefused(FailureKind.INVALID, "URL_USERINFO", "url")
+        if origin in self._accepted:
+            return
         if not any(declared.covers(origin) for declared in self._declared):
             raise HostRefused(FailureKind.INVALID, "HOST_UNDECLARED", "url")
         if _read_address(origin.host) is not None and not self.allows(origin.host, origin.host):
             raise HostRefused(FailureKind.INVALID, "ADDRESS_REFUSED", "url")
+        if len(self._accepted) < _MOST_ACCEPTED:
+            self._accepted.add(origin)
 
     def check_address(self, host: str, address: str) -> None:
         """Raise ``HostRefused`` unless a connection for this host may be made to this resolved address."""
@@ -192,6 +202,7 @@ def _normalise(host: str) -> str:
     return host.lower().removesuffix(".")
 
 
+@lru_cache(maxsize=1024)
 def _read_address(text: str) -> IPv4Address | IPv6Address | None:
     try:
         return ip_address(text.partition("%")[0])

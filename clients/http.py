@@ -16,9 +16,10 @@ import re
 import socket
 import ssl
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterable, Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Self
 
 import aiohttp
@@ -300,25 +301,32 @@ class HttpClient:
     async def _exchange(self, request: HttpRequest, deadline: float) -> HttpResponse:
         outgoing = httpx.Request(
             request.method,
-            request.url,
-            headers=dict(request.headers),
+            _parse_url(request.url),
+            headers=request.headers,
             content=request.body,
-            extensions={
-                "timeout": {"connect": min(self._connect_timeout, deadline), "read": deadline, "pool": deadline}
-            },
+            # All other waits end with the deadline of the whole call.
+            extensions={"timeout": {"connect": min(self._connect_timeout, deadline)}},
         )
         if self._policy is not None:
             self._policy.check_url(str(outgoing.url))
         response = await self._transports[self._proxies.choose(outgoing.url)].handle_async_request(outgoing)
+        # Only what is packed needs httpx's decoders.
+        pieces = response.aiter_bytes() if "content-encoding" in response.headers else response.stream
+        assert isinstance(pieces, AsyncIterable)
         body = bytearray()
         try:
-            async for piece in response.aiter_bytes():
+            async for piece in pieces:
                 body += piece
                 if len(body) > self._longest_answer:
                     raise _TooLong
         finally:
             await response.aclose()
-        return HttpResponse(response.status_code, dict(response.headers), bytes(body))
+        return HttpResponse(response.status_code, dict(response.headers.items()), bytes(body))
+
+
+@lru_cache(maxsize=256)
+def _parse_url(url: str) -> httpx.URL:
+    return httpx.URL(url)
 
 
 def _check_request(request: HttpRequest) -> None:
