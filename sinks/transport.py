@@ -251,7 +251,8 @@ class HttpTransport:
         if isinstance(url, Answer):
             self._heed(url)
             return url
-        response = await self._exchange(dataclasses.replace(request, url=url), before_write)
+        whole = request if url == request.url else dataclasses.replace(request, url=url)
+        response = await self._exchange(whole, before_write)
         answer = judge_response(self._head, response, request, self._settings, now=time.time())
         self._heed(answer)
         return answer
@@ -308,7 +309,8 @@ class HttpTransport:
             self._is_open = True
             await self._client.__aenter__()
         try:
-            await asyncio.wait_for(self._limiter.take(), self.call_deadline)
+            async with asyncio.timeout(self.call_deadline):
+                await self._limiter.take()
         except TimeoutError:
             raise Failure(FailureKind.RATE_LIMITED, "RATE_WAIT") from None
         try:
