@@ -4,13 +4,15 @@ Vendors that rotate refresh tokens accept each one once. Whoever loses the new o
 connect again; whoever uses it in two processes at once loses both. So: one file, one writer at a time over all
 processes, and at every instant the file is the old token or the new one.
 
-The file is readable by its owner only (mode 0600 in a folder of mode 0700) and not encrypted: protect the disk as you
-protect the configuration's secrets.
+The file is readable by its owner only (mode 0600 in a folder of mode 0700) and sealed with AES-256-GCM: a copy of the
+disk without the key says nothing, and a file changed or moved to another credential is not taken. A file that an
+earlier version wrote in plain text is read, and sealed when the lock is next taken.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import fcntl
 import json
@@ -23,12 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import SecretStr
 
 from schemas.failure import ConfigurationError, Failure, FailureKind, FatalError
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
-_VERSION = 1
+_PLAIN, _SEALED = 1, 2
+_MINIMUM_KEY = 32
+_NONCE_BYTES = 12
 
 
 class VaultExposed(ConfigurationError):
@@ -45,6 +53,44 @@ class VaultDamaged(FatalError):
     code = "RS380"
     meaning = "A file of stored tokens is damaged, or of a newer version."
     default_remedy = "Restore the file, or move it away and connect the account again."
+
+
+class VaultKeyWrong(ConfigurationError):
+    """The tokens were sealed with another key, or none is set."""
+
+    code = "RS181"
+    meaning = "Stored tokens cannot be opened with the key in `secrets.vault_key`, or none that can be used is set."
+    default_remedy = (
+        "Set `secrets.vault_key` to the key they were sealed with (a new one has at least 32 characters, for example "
+        "of `openssl rand -hex 32`). If it is lost, move the token file away and connect the account again."
+    )
+
+
+class VaultKey:
+    """The key that seals tokens, made of a secret of at least 32 characters. Its repr shows nothing of it.
+
+    Raises ``VaultKeyWrong`` for a shorter one.
+    """
+
+    def __init__(self, secret: SecretStr) -> None:
+        text = secret.get_secret_value().encode()
+        if len(text) < _MINIMUM_KEY:
+            raise VaultKeyWrong("it has less than 32 characters.", place="secrets.vault_key")
+        self._cipher = AESGCM(_derive(text, b"remitstream vault cipher", 32))
+        self.name = _derive(text, b"remitstream vault name", 8).hex()
+        """Tells keys apart, and says nothing of them."""
+
+    def seal(self, text: bytes, context: bytes) -> bytes:
+        """Encrypt; it opens only with the same context."""
+        nonce = os.urandom(_NONCE_BYTES)
+        return nonce + self._cipher.encrypt(nonce, text, context)
+
+    def open(self, sealed: bytes, context: bytes) -> bytes:
+        """Decrypt. Raises ``ValueError`` when anything was changed."""
+        try:
+            return self._cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], context)
+        except InvalidTag:
+            raise ValueError("changed") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +112,11 @@ class Vault:
     the new one; the lock of a process that died is free.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, key: VaultKey) -> None:
         if not _NAME.fullmatch(name):
             raise ValueError("a vault is named in lower-case letters, digits, dash and underscore")
+        self._key = key
+        self._context = f"remitstream token {name}".encode()
         self.path = folder / f"{name}.token"
         self._new = folder / f"{name}.token.new"
         self._lock = folder / f"{name}.lock"
@@ -83,7 +131,7 @@ class Vault:
     ) -> AsyncIterator[None]:
         """Hold the credential alone, over all processes. Raises ``Failure`` UNAVAILABLE after ``deadline`` seconds.
 
-        Raises ``VaultExposed`` when others could read the folder.
+        Raises ``VaultExposed`` when others could read the folder. A plain file of an earlier version is sealed.
         """
         self._prepare_folder()
         descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -93,12 +141,37 @@ class Vault:
                 if clock() >= until:
                     raise Failure(FailureKind.UNAVAILABLE, "TOKEN_LOCKED")
                 await sleep(0.05)
+            await asyncio.to_thread(self._seal_plain)
             yield
         finally:
             os.close(descriptor)  # the lock goes with it
 
     def read(self) -> StoredToken | None:
-        """The stored token; None when there is none yet. Raises ``VaultExposed`` or ``VaultDamaged``."""
+        """The stored token; None without one. Raises ``VaultExposed``, ``VaultKeyWrong`` or ``VaultDamaged``."""
+        kept = self._read_file()
+        if kept is None:
+            return None
+        try:
+            if kept["version"] == _SEALED:
+                kept = self._open(kept)
+            return _decode(kept)
+        except (ValueError, TypeError, KeyError):
+            # Not chained: the decoder's error holds the text.
+            raise VaultDamaged("it is not a token file of this version.", place=str(self.path)) from None
+
+    def _open(self, kept: Any) -> Any:
+        if kept["key"] != self._key.name:
+            raise VaultKeyWrong("it was sealed with another key than `secrets.vault_key`.", place=str(self.path))
+        return json.loads(self._key.open(base64.b64decode(kept["sealed"], validate=True), self._context))
+
+    def _seal_plain(self) -> None:
+        kept = self._read_file()
+        if isinstance(kept, dict) and kept.get("version") == _PLAIN:
+            token = self.read()
+            assert token is not None
+            self.write(token)
+
+    def _read_file(self) -> Any:
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -109,10 +182,13 @@ class Vault:
             self._check_owner(os.fstat(descriptor), self.path)
             text = file.read()
         try:
-            return _decode(json.loads(text))
-        except (ValueError, TypeError, KeyError):
+            kept = json.loads(text)
+        except ValueError:
             # Not chained: the decoder's error holds the text.
             raise VaultDamaged("it is not a token file of this version.", place=str(self.path)) from None
+        if not isinstance(kept, dict):
+            raise VaultDamaged("it is not a token file of this version.", place=str(self.path))
+        return kept
 
     def write(self, token: StoredToken) -> None:
         """Replace the stored token; on return it survives a crash of the machine. Raises ``OSError`` with no change."""
@@ -121,7 +197,7 @@ class Vault:
             self._new.unlink()  # left by a crash
         descriptor = os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            rest = _encode(token)
+            rest = self._seal(token)
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
             os.fsync(descriptor)
@@ -133,6 +209,10 @@ class Vault:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def _seal(self, token: StoredToken) -> bytes:
+        sealed = base64.b64encode(self._key.seal(_encode(token), self._context)).decode()
+        return json.dumps({"version": _SEALED, "key": self._key.name, "sealed": sealed}).encode()
 
     def _prepare_folder(self) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -153,10 +233,14 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
+def _derive(secret: bytes, purpose: bytes, length: int) -> bytes:
+    return HKDF(algorithm=SHA256(), length=length, salt=None, info=purpose).derive(secret)
+
+
 def _encode(token: StoredToken) -> bytes:
     return json.dumps(
         {
-            "version": _VERSION,
+            "version": _PLAIN,
             "access": token.access.get_secret_value(),
             "expires_at": token.expires_at,
             "issued_at": token.issued_at,
@@ -167,7 +251,7 @@ def _encode(token: StoredToken) -> bytes:
 
 
 def _decode(kept: Any) -> StoredToken:
-    if kept["version"] != _VERSION or not isinstance(kept["access"], str) or not isinstance(kept["seed"], str):
+    if kept["version"] != _PLAIN or not isinstance(kept["access"], str) or not isinstance(kept["seed"], str):
         raise ValueError
     refresh = kept["refresh"]
     if refresh is not None and not isinstance(refresh, str):

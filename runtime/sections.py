@@ -17,6 +17,11 @@ class SecretSettings(Strict):
         description="Key of the digests that stand for patient ids and bodies in keys and headers; at least 32 "
         "characters. It must never change: a new key makes every known event look new."
     )
+    vault_key: SecretStr | None = Field(
+        default=None,
+        description="Key that seals the refresh tokens in `token_folder`; at least 32 characters. Needed by targets "
+        "with a refresh token. With another key the accounts have to be connected again.",
+    )
 
 
 class ConnectorSettings(Strict):

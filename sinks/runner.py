@@ -42,6 +42,8 @@ from topics.registry import SchemaMissing
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from pydantic import SecretStr
+
     from schemas.events import MoneyEvent
     from schemas.failure import Failure, OperatorError
     from schemas.tenancy import Tenancy
@@ -96,8 +98,9 @@ class Clock:
 class Runner:
     """Delivers to one instance. ``run`` returns after ``stop``, or raises an ``OperatorError``.
 
-    ``registry`` and ``identities`` are asked; ``transport`` replaces the connection (tests). The group is
-    ``remitstream.deliver.<instance name>``; ``instance`` and ``slot`` name this process, stable over restarts.
+    ``registry`` and ``identities`` are asked; ``transport`` replaces the connection (tests); ``vault_key`` seals refresh
+    tokens. The group is ``remitstream.deliver.<instance name>``; ``instance`` and ``slot`` name this process, stable
+    over restarts.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Runner:
         slot: int = 0,
         limits: Limits | None = None,
         transport: Transport | None = None,
+        vault_key: SecretStr | None = None,
         metrics: Metrics = METRICS,
         clock: Clock | None = None,
         draw: Callable[[], float] = random.random,
@@ -128,7 +132,7 @@ class Runner:
         self._metrics = metrics
         self._clock = clock or Clock()
         self._log = get_log("deliverer", target=self.name)
-        self._transport = transport or open_transport(target, settings)
+        self._transport = transport or open_transport(target, settings, vault_key)
         target_class = target.classify(settings)
         look_up = None if target.http is None else target.http.look_up
         if target_class is TargetClass.C and (look_up is None or not isinstance(self._transport, Finder)):

@@ -30,7 +30,7 @@ from clients.hosts import HostPolicy
 from clients.http import HttpClient, HttpRequest, HttpResponse
 from clients.limits import RateLimiter
 from clients.mllp import MllpClient
-from clients.vault import Vault
+from clients.vault import Vault, VaultKey, VaultKeyWrong
 from clients.verdict import Verdict, Verdicts
 from schemas.failure import ConfigurationError, Failure, FailureKind, OperatorError
 from sinks.contract import Answer, Finding, HttpHead, NextPage, Request, Target, TargetSettings, Unclear
@@ -175,7 +175,7 @@ class RefreshTokenSettings(HttpSettings):
     )
     token_folder: Path = Field(
         description="Folder for tokens in force, mode 0700, owned by the service's user. It must survive restarts: "
-        "without it the account has to be connected again."
+        "without it the account has to be connected again. The files are sealed with `secrets.vault_key`."
     )
 
 
@@ -226,7 +226,7 @@ class HttpTransport:
     token. Redirects are not followed. No call leaves for a host other than those of the head.
     """
 
-    def __init__(self, head: HttpHead, settings: HttpSettings) -> None:
+    def __init__(self, head: HttpHead, settings: HttpSettings, vault_key: SecretStr | None = None) -> None:
         self.connections = settings.connections
         self.call_deadline = settings.call_deadline_seconds
         self._head = head
@@ -241,7 +241,7 @@ class HttpTransport:
                 private=allowed if settings.simulator_url is None else (*allowed, "127.0.0.1"),
             ),
         )
-        self._credential = _open_credential(head, settings, token_url, self._client)
+        self._credential = _open_credential(head, settings, token_url, self._client, vault_key)
         self._limiter = RateLimiter(head.rates)
         self._is_open = False
 
@@ -336,16 +336,25 @@ _MOST_PAGES = 50
 """Of one look-up: a list that never ends must not hold a connection for ever."""
 
 
-def _open_credential(head: HttpHead, settings: HttpSettings, token_url: str, client: HttpClient) -> Credential:
+def _open_credential(
+    head: HttpHead, settings: HttpSettings, token_url: str, client: HttpClient, vault_key: SecretStr | None
+) -> Credential:
     way = head.credential(settings, token_url)
     if isinstance(way, FixedCredential):
         return way
     kept = settings if isinstance(settings, RefreshTokenSettings) else None
+    vault = None
+    if kept is not None:
+        if vault_key is None:
+            raise VaultKeyWrong(
+                "it has a refresh token, and there is no key to seal it with.", place=f"targets.{settings.name}"
+            )
+        vault = Vault(kept.token_folder, settings.name, VaultKey(vault_key))
     return OAuthCredential(
         way,
         client,
         seed=None if kept is None else kept.refresh_token,
-        vault=None if kept is None else Vault(kept.token_folder, settings.name),
+        vault=vault,
         scheme=head.scheme,
         deadline=settings.call_deadline_seconds,
     )
@@ -414,12 +423,15 @@ def read_completion(
 _ABOUT_TARGET = frozenset({FailureKind.AUTH, FailureKind.RATE_LIMITED, FailureKind.UNAVAILABLE})
 
 
-def open_transport(target: Target, settings: TargetSettings) -> Transport:
-    """The transport of an instance. Raises ``ConfigurationError`` when its connector names one we do not have."""
+def open_transport(target: Target, settings: TargetSettings, vault_key: SecretStr | None = None) -> Transport:
+    """The transport of an instance. Raises ``ConfigurationError`` when its connector names one we do not have.
+
+    ``vault_key`` seals refresh tokens; ``VaultKeyWrong`` is raised when the target has one and there is no key.
+    """
     if target.transport == "mllp" and isinstance(settings, MllpSettings):
         return MllpTransport(settings)
     if target.transport == "http" and target.http is not None and isinstance(settings, HttpSettings):
-        return HttpTransport(target.http, settings)
+        return HttpTransport(target.http, settings, vault_key)
     raise ConfigurationError(
         f"there is no transport {target.transport!r} for it.",
         place=f"targets.{settings.name}",

@@ -43,6 +43,7 @@ def run(settings: Settings, targets: tuple[str, ...]) -> int:
                     registry=registry,
                     identities=identities,
                     instance=settings.instance,
+                    vault_key=settings.secrets.vault_key,
                 )
                 for target in settings.targets
                 if target.name in targets

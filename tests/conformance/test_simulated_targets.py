@@ -7,6 +7,7 @@ import json
 from decimal import Decimal
 
 import pytest
+from pydantic import SecretStr
 
 from clients.limits import RateLimiter
 from sandbox.athena import Practice
@@ -90,7 +91,7 @@ class Link:
         if "token_folder" in given:
             given["token_folder"] = str(self._folder / "tokens")
         self.settings = self.target.settings.model_validate(given | self._settings | changes)
-        self.transport = open_transport(self.target, self.settings)
+        self.transport = open_transport(self.target, self.settings, SecretStr("k" * 32))
         self.transport._limiter = RateLimiter(())  # the vendors' rates are a test of their own
 
     @property

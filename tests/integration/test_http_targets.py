@@ -7,6 +7,7 @@ from collections import Counter
 from decimal import Decimal
 
 import pytest
+from pydantic import SecretStr
 
 from sandbox.quickbooks import Company, Trouble
 from sinks.catalog import load
@@ -55,6 +56,7 @@ class Books(Site):
             registry=self.registry,
             identities=patients or EverybodyKnown(),
             instance="test",
+            vault_key=SecretStr("k" * 32),
             **options,
         )
 

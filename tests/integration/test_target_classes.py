@@ -10,6 +10,7 @@ from decimal import Decimal
 
 import msgspec
 import pytest
+from pydantic import SecretStr
 
 from clients.limits import RateLimiter
 from sandbox.athena import Practice
@@ -70,6 +71,7 @@ class Receiving(Site):
             registry=self.registry,
             identities=patients or EverybodyKnown(),
             instance="test",
+            vault_key=SecretStr("k" * 32),
             **options,
         )
         runner._transport._limiter = RateLimiter(())  # the vendors' rates would only make the test slow

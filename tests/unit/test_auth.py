@@ -23,10 +23,11 @@ from clients.auth import (
     use_nothing,
 )
 from clients.http import HttpFailure, HttpRequest, HttpResponse
-from clients.vault import StoredToken, Vault
+from clients.vault import StoredToken, Vault, VaultKey
 from schemas.failure import FailureKind
 
 K = FailureKind
+KEY = VaultKey(SecretStr("k" * 32))
 URL = "https://auth.example.com/token"
 
 
@@ -108,7 +109,7 @@ def clock():
 
 @pytest.fixture
 def vault(tmp_path):
-    return Vault(tmp_path / "vault", "north")
+    return Vault(tmp_path / "vault", "north", KEY)
 
 
 def make_client_credentials(issuer, clock, **options):
@@ -468,7 +469,7 @@ class TestRotation:
 
     async def test_processes_share_one_token_and_never_use_a_refresh_token_twice(self, clock, vault):
         issuer = Issuer(clock)
-        processes = [make_refreshing(issuer, clock, Vault(vault.path.parent, "north")) for _ in range(5)]
+        processes = [make_refreshing(issuer, clock, Vault(vault.path.parent, "north", KEY)) for _ in range(5)]
         for round_number in range(1, 4):
             seen = await asyncio.gather(*(read_access(credential) for credential in processes for _ in range(4)))
             assert set(seen) == {f"access-{round_number}"}
@@ -550,7 +551,7 @@ class TestRotation:
     async def test_a_folder_that_cannot_be_made_is_no_crash(self, clock, tmp_path):
         blocker = tmp_path / "file"
         blocker.write_text("")
-        credential = make_refreshing(Issuer(clock), clock, Vault(blocker / "vault", "north"))
+        credential = make_refreshing(Issuer(clock), clock, Vault(blocker / "vault", "north", KEY))
         with pytest.raises(AuthFailure) as caught:
             await credential.authorise()
         assert (caught.value.kind, caught.value.code) == (K.UNAVAILABLE, "TOKEN_STORE_FAILED")

@@ -6,8 +6,9 @@ import os
 from decimal import Decimal
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
+from clients.vault import Vault, VaultKey, VaultKeyWrong
 from sandbox.quickbooks import Company, Trouble
 from schemas.events import MoneyEvent, Reference
 from schemas.failure import Failure, FailureKind
@@ -17,6 +18,7 @@ from sinks.catalog import load
 from sinks.contract import PostingContext
 from sinks.transport import HttpTransport, open_transport
 
+VAULT_KEY = SecretStr("k" * 32)
 MRN = Reference("NORTH", "MR", "N1")
 CONTEXT = PostingContext(
     Facility(
@@ -70,7 +72,7 @@ def settings(company, tmp_path):
 
 @pytest.fixture
 async def transport(settings):
-    transport = open_transport(TARGET, settings)
+    transport = open_transport(TARGET, settings, VAULT_KEY)
     assert isinstance(transport, HttpTransport)
     yield transport
     await transport.close()
@@ -137,13 +139,19 @@ async def test_a_revoked_connection_is_auth_and_nothing_is_posted(company, setti
     assert "refresh-0" not in repr(caught.value)
 
 
+def test_a_refresh_token_without_a_key_to_seal_it_is_refused(settings):
+    with pytest.raises(VaultKeyWrong, match=r"secrets\.vault_key"):
+        open_transport(TARGET, settings)
+
+
 async def test_the_replaced_refresh_token_outlives_the_transport(company, settings, transport):
     await transport.send(freeze(settings), allow)
     kept = settings.token_folder / "books.token"
-    assert json.loads(kept.read_text())["refresh"] == "refresh-1"
+    assert Vault(settings.token_folder, "books", VaultKey(VAULT_KEY)).read().refresh.get_secret_value() == "refresh-1"
+    assert "refresh-1" not in kept.read_text()
     assert kept.stat().st_mode & 0o777 == 0o600
     await transport.close()
-    again = open_transport(TARGET, settings)
+    again = open_transport(TARGET, settings, VAULT_KEY)
     try:
         assert (await again.send(freeze(settings, name="pi_2"), allow)).kind is None
     finally:

@@ -9,9 +9,10 @@ import stat
 import pytest
 from pydantic import SecretStr
 
-from clients.vault import StoredToken, Vault, VaultDamaged, VaultExposed
+from clients.vault import StoredToken, Vault, VaultDamaged, VaultExposed, VaultKey, VaultKeyWrong
 from schemas.failure import Failure, FailureKind
 
+KEY = VaultKey(SecretStr("k" * 32))
 CALLS = ("mkdir", "unlink", "open", "write", "fsync", "close", "replace")
 
 
@@ -28,7 +29,7 @@ def token(name, **changes):
 
 @pytest.fixture
 def vault(tmp_path):
-    return Vault(tmp_path / "vault", "north-qbo")
+    return Vault(tmp_path / "vault", "north-qbo", KEY)
 
 
 def test_what_is_written_is_read(vault):
@@ -36,8 +37,8 @@ def test_what_is_written_is_read(vault):
     for kept in (token("a"), token("b", refresh=None, seed="")):
         vault.write(kept)
         assert vault.read() == kept
-    assert Vault(vault.path.parent, "north-qbo").read() == kept
-    assert Vault(vault.path.parent, "other").read() is None
+    assert Vault(vault.path.parent, "north-qbo", KEY).read() == kept
+    assert Vault(vault.path.parent, "other", KEY).read() is None
 
 
 def test_only_the_owner_can_read_it(vault):
@@ -105,7 +106,7 @@ def test_no_secret_in_errors_or_reprs(vault):
 @pytest.mark.parametrize("name", ["", "A", "../x", "a/b", ".hidden", "a" * 64])
 def test_a_name_cannot_leave_the_folder(tmp_path, name):
     with pytest.raises(ValueError):
-        Vault(tmp_path, name)
+        Vault(tmp_path, name, KEY)
 
 
 def die_before(step, action):
@@ -225,7 +226,7 @@ async def test_one_holder_at_a_time_and_a_bounded_wait(vault):
     clock, inside = Clock(), []
 
     async def work(name):
-        async with Vault(vault.path.parent, "north-qbo").lock(1000.0, clock=clock, sleep=clock.sleep):
+        async with Vault(vault.path.parent, "north-qbo", KEY).lock(1000.0, clock=clock, sleep=clock.sleep):
             inside.append(name)
             for _ in range(5):
                 await asyncio.sleep(0)
@@ -276,3 +277,69 @@ def test_another_process_keeps_it_and_its_death_frees_it(vault):
         os.close(ready)
         os.close(tell)
     assert asyncio.run(take(0.0))
+
+
+def write_plain(vault, kept):
+    """What the first version wrote."""
+    vault.path.parent.mkdir(mode=0o700, exist_ok=True)
+    vault.path.write_text(
+        json.dumps(
+            {
+                "version": 1,
+                "access": kept.access.get_secret_value(),
+                "expires_at": kept.expires_at,
+                "issued_at": kept.issued_at,
+                "refresh": kept.refresh.get_secret_value(),
+                "seed": kept.seed,
+            }
+        )
+    )
+    vault.path.chmod(0o600)
+
+
+def test_the_file_says_nothing_and_differs_each_time(vault):
+    vault.write(token("a"))
+    first = vault.path.read_bytes()
+    vault.write(token("a"))
+    assert vault.path.read_bytes() != first
+    for secret in (b"access-a", b"refresh-a", b"f" * 12, b"k" * 12):
+        assert secret not in first
+
+
+async def test_a_plain_file_is_read_and_sealed_under_the_lock(vault):
+    write_plain(vault, token("a"))
+    assert vault.read() == token("a")
+    async with vault.lock(1.0):
+        assert b"refresh-a" not in vault.path.read_bytes()
+        assert vault.read() == token("a")
+    assert stat.S_IMODE(vault.path.stat().st_mode) == 0o600
+
+
+async def test_another_key_is_named_and_changes_nothing(vault):
+    vault.write(token("a"))
+    before = vault.path.read_bytes()
+    other = Vault(vault.path.parent, "north-qbo", VaultKey(SecretStr("o" * 32)))
+    with pytest.raises(VaultKeyWrong, match=r"secrets\.vault_key") as caught:
+        other.read()
+    assert "kkkk" not in str(caught.value)
+    async with other.lock(1.0):
+        pass
+    assert vault.path.read_bytes() == before
+    with pytest.raises(VaultKeyWrong, match="32 characters"):
+        VaultKey(SecretStr("k" * 31))
+
+
+def test_a_changed_or_moved_file_is_not_taken(vault):
+    vault.write(token("a"))
+    kept = json.loads(vault.path.read_text())
+    for place in (0, 20, len(kept["sealed"]) - 6):
+        letters = list(kept["sealed"])
+        letters[place] = "A" if letters[place] != "A" else "B"
+        vault.path.write_text(json.dumps({**kept, "sealed": "".join(letters)}))
+        with pytest.raises(VaultDamaged):
+            vault.read()
+    moved = Vault(vault.path.parent, "other", KEY)
+    moved.path.write_text(json.dumps(kept))
+    moved.path.chmod(0o600)
+    with pytest.raises(VaultDamaged):
+        moved.read()
