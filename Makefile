@@ -66,8 +66,9 @@ check: $(STAMP) ## Check format, lint, types, import rules and generated documen
 	@.venv/bin/lint-imports
 	@.venv/bin/remitstream tables --check
 
-bench: $(STAMP) ## Measure the worker beside other stream libraries; says first how many minutes it takes (ARGS=...)
+bench: $(STAMP) ## Measure worker and deliverer beside other libraries; says first how many minutes it takes (ARGS=...)
 	@$(PY) -m bench $(ARGS)
+	@$(if $(ARGS),,$(PY) -m bench.posting)
 
 soak: $(STAMP) ## Does the worker's memory stay flat: 20 minutes at a steady rate, then every event is checked (ARGS=...)
 	@$(PY) -m bench.soak $(ARGS)
