@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from schemas.events import Action, Decision, Outcome
 from schemas.failure import Failure, OperatorError, TemporaryError
 from schemas.wire import Decoder
+from sinks import rulings
 from sinks.attempts import Ruling, Source
 from telemetry.log import get_log
 from topics.catalog import name_decisions
@@ -114,16 +115,16 @@ class Decisions:
     def _take(self, decision: Decision, ledgers: Mapping[Partition, Ledger], intake: Intake, moment: Moment) -> bool:
         """Whether the decision is dealt with."""
         for ledger in ledgers.values():
-            attempt = ledger.find_decided(decision)
+            attempt = rulings.find_decided(ledger, decision)
             if attempt is None:
                 continue
-            ruling = ledger.rule(attempt, decision, moment)
+            ruling = rulings.rule(ledger, attempt, decision, moment)
             if ruling is Ruling.APPLIED:
                 ruling = self._apply(ledger, attempt, decision, intake, moment)
             if ruling is Ruling.WAIT:
                 return False
             if ruling is not Ruling.APPLIED:
-                ledger.refuse_decision(attempt, decision, ruling)
+                rulings.refuse_decision(ledger, attempt, decision, ruling)
             self._log.info(
                 "decision_taken",
                 event_id=decision.event_id,
@@ -146,10 +147,10 @@ class Decisions:
             # A writer's schema we have not met, and the registry is down: nothing was changed.
             return Ruling.WAIT
         if decision.action == Action.NOT_POSTED:
-            ledger.send_again(attempt, decision, moment)
+            rulings.send_again(ledger, attempt, decision, moment)
         else:
             outcome = Outcome.WAIVED if decision.action == Action.WAIVE else Outcome.POSTED
-            ledger.end_by_person(attempt, decision, outcome)
+            rulings.end_by_person(ledger, attempt, decision, outcome)
         return Ruling.APPLIED
 
     @staticmethod
@@ -165,9 +166,9 @@ class Decisions:
             routed, failure = intake.route(event)
             if not routed and failure is None:
                 attempt.event = event
-                ledger.end_by_person(attempt, decision, Outcome.NOT_ROUTED)
+                rulings.end_by_person(ledger, attempt, decision, Outcome.NOT_ROUTED)
                 return Ruling.APPLIED
-        ledger.begin_again(attempt, decision, source, event, moment)
+        rulings.begin_again(ledger, attempt, decision, source, event, moment)
         if failure is not None:
             ledger.reject(
                 attempt, failure.kind, failure.code, moment, field=failure.field, outcome=Outcome.DEAD_LETTERED

@@ -21,16 +21,14 @@ The rules, each of which answers a way to lose or to double a posting:
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections import deque
 from typing import TYPE_CHECKING
 
-from schemas.events import Action, Outcome
+from schemas.events import Outcome
 from schemas.failure import FailureKind
 from sinks.attempts import (
     BEHIND_ENTITY,
-    BY_PERSON,
     NEVER,
     SHELVED,
     Attempt,
@@ -38,7 +36,6 @@ from sinks.attempts import (
     Failed,
     Flush,
     Report,
-    Ruling,
     Source,
     State,
     build_entry,
@@ -49,10 +46,11 @@ from sinks.attempts import (
 )
 from sinks.contract import Absent, Answer, Finding, Found, Request, TargetClass, Unclear
 from sinks.policy import Moment, Policy, Step
+from sinks.queues import Queues
 from sinks.shelf import Shelf
 
 if TYPE_CHECKING:
-    from schemas.events import Decision, MoneyEvent
+    from schemas.events import MoneyEvent
 
 RESEND_REJECTED = "RESEND_REJECTED"
 """Unknown: a resend was refused although the first write may have been applied."""
@@ -84,12 +82,9 @@ class Ledger:
         self.attempts: dict[str, Attempt] = {}
         self.shelved = 0
         """Events whose bytes are on the shelf: stopped, and small in memory."""
+        self.queues = Queues()
         self._shelf = Shelf()
         self._line: deque[Attempt] = deque()
-        self._entities: dict[str, list[Attempt]] = {}
-        self._ready: deque[Attempt] = deque()
-        self._timers: list[tuple[float, int, Attempt]] = []
-        self._numbers = itertools.count()
         self._dirty: dict[str, Attempt] = {}
         self._reports: list[Report] = []
 
@@ -117,22 +112,22 @@ class Ledger:
             if attempt.state is State.DONE:
                 if attempt.offset < frontier:
                     # Finished, and the frontier is past it: only its tombstone is missing.
-                    self._touch(attempt)
+                    self.touch(attempt)
                 continue
             if attempt.may_have_landed or attempt.state in (State.IN_FLIGHT, State.UNKNOWN):
                 attempt.settled_at = quiet
             if attempt.state is State.UNKNOWN and not attempt.decidable_at:
                 attempt.decidable_at = moment.after(quiet - moment.steady).wall
-                self._touch(attempt)
-            self._entities.setdefault(attempt.entity, []).append(attempt)
-        for queue in list(self._entities.values()):
-            for attempt in queue:
+                self.touch(attempt)
+            self.queues.append(attempt)
+        for entity in self.queues.list_entities():
+            for attempt in self.queues.list_of(entity):
                 if attempt.state is State.IN_FLIGHT:
                     attempt.may_have_landed = True
                     self._doubt(attempt, attempt.code or "PROCESS_ENDED", moment)
                 elif attempt.state is State.RETRY_AT or attempt.is_put_off:
                     attempt.due = moment.count_wait(attempt.retry_at)
-            self._advance(queue)
+            self.queues.advance(entity)
 
     # New events.
 
@@ -161,44 +156,31 @@ class Ledger:
 
     def line_up(self, attempt: Attempt, moment: Moment) -> None:
         """Put an admitted event in the queue of its entity; it is parked when something stopped before it."""
-        queue = self._entities.setdefault(attempt.entity, [])
-        place = len(queue)
-        while place and queue[place - 1].offset > attempt.offset:
-            place -= 1
-        queue.insert(place, attempt)
+        before = self.queues.insert(attempt)
         # Behind a stopped event everything is stopped, so one look is enough.
-        if attempt.state is State.PENDING and place and queue[place - 1].is_stopped:
-            self._park_behind(attempt, moment)
-        elif place == 0:
-            self._advance(queue)
+        if before is None:
+            self.queues.advance(attempt.entity)
+        elif attempt.state is State.PENDING and before.is_stopped:
+            self.park_behind(attempt, moment)
 
     def skip(self, attempt: Attempt) -> None:
         """The event is not posted at this instance (``not_routed``); it waits for nothing."""
         attempt.state = State.DONE
         attempt.code = "NOT_ROUTED"
-        self._report(attempt, Outcome.NOT_ROUTED)
+        self.report(attempt, Outcome.NOT_ROUTED)
 
     # Work.
 
     def take(self, room: int, moment: Moment) -> list[Attempt]:
         """Up to ``room`` events whose next step may begin now: to be frozen, started again, or resent."""
-        while self._timers and self._timers[0][0] <= moment.steady:
-            due, _, attempt = heapq.heappop(self._timers)
-            if attempt.due == due and not attempt.calling:
-                self._queue(attempt)
-        found: list[Attempt] = []
-        while self._ready and len(found) < room:
-            attempt = self._ready.popleft()
-            attempt.is_queued = False
-            if self._may_begin(attempt, moment):
-                self.fetch(attempt)
-                found.append(attempt)
+        found = self.queues.take(room, moment)
+        for attempt in found:
+            self.fetch(attempt)
         return found
 
     def give_back(self, attempt: Attempt) -> None:
         """An event that was taken cannot begin just now (no room, identity not available)."""
-        attempt.is_queued = True
-        self._ready.appendleft(attempt)
+        self.queues.give_back(attempt)
 
     def start(self, attempt: Attempt, request: Request, moment: Moment) -> None:
         """IN_FLIGHT with its frozen request; the call may begin once this is durable."""
@@ -216,7 +198,7 @@ class Ledger:
         attempt.number += 1
         attempt.calling = True
         attempt.written = False
-        self._touch(attempt)
+        self.touch(attempt)
 
     def resume(self, attempt: Attempt, moment: Moment) -> Step:
         """Begin the next step of a request that may have landed; PERSON when nothing is begun any more."""
@@ -286,7 +268,7 @@ class Ledger:
             attempt.may_have_landed = False
             attempt.first_write_at = 0
             attempt.settled_at = 0.0
-            self._retry(attempt, FailureKind.AMBIGUOUS, SEEN_ABSENT, moment, pause=0)
+            self.retry(attempt, FailureKind.AMBIGUOUS, SEEN_ABSENT, moment, pause=0)
         elif isinstance(result, Unclear):
             attempt.tries += 1
             if attempt.tries >= self.policy.ask_person_after:
@@ -321,11 +303,11 @@ class Ledger:
             if attempt.tries >= self.policy.park_after:
                 self.park(attempt, kind, result.code, moment, pause=pause)
             else:
-                self._retry(attempt, kind, result.code, moment, pause=pause)
+                self.retry(attempt, kind, result.code, moment, pause=pause)
         else:
             # Withdrawn, or the target as a whole cannot be reached: the runner holds all calls back, so this one need
             # not wait for itself.
-            self._retry(attempt, kind or "", result.code, moment, pause=0)
+            self.retry(attempt, kind or "", result.code, moment, pause=0)
 
     def reject(
         self,
@@ -341,7 +323,7 @@ class Ledger:
         attempt.state = State.REJECTED
         attempt.failure, attempt.code = kind.value, code
         attempt.due = NEVER
-        self._report(attempt, outcome, field=field, dead_letter=True)
+        self.report(attempt, outcome, field=field, dead_letter=True)
         self._stop_entity(attempt, moment)
 
     def refuse(self, attempt: Attempt, code: str, moment: Moment) -> bool:
@@ -358,7 +340,7 @@ class Ledger:
                 return False
             attempt.source = Source(attempt.source.key, b"")
             attempt.place = None
-            self._touch(attempt)
+            self.touch(attempt)
             return True
         if attempt.calling:
             attempt.calling = False
@@ -377,91 +359,14 @@ class Ledger:
         attempt.state = State.PARKED
         attempt.failure, attempt.code = kind.value if kind else "", code
         attempt.retry_at = moment.wall + int(pause * 1000)
-        self._schedule(attempt, moment.steady + pause)
+        self.queues.schedule(attempt, moment.steady + pause)
         if put_off:
             self._shelve(attempt)
             return
-        self._touch(attempt)
+        self.touch(attempt)
         if attempt.outcome != Outcome.PARKED:
-            self._report(attempt, Outcome.PARKED)
+            self.report(attempt, Outcome.PARKED)
         self._stop_entity(attempt, moment)
-
-    # Decisions of people.
-
-    def find_decided(self, decision: Decision) -> Attempt | None:
-        """The event a decision is about; None when it is finished, or at another attempt than the one named."""
-        attempt = self.attempts.get(decision.event_id)
-        if attempt is None or attempt.state is State.DONE:
-            return None
-        named = (decision.topic, decision.offset, decision.attempt, decision.round)
-        if named != (self.topic, attempt.offset, attempt.number, attempt.round):
-            return None
-        self.fetch(attempt)
-        return attempt
-
-    def rule(self, attempt: Attempt, decision: Decision, moment: Moment) -> Ruling:
-        """Whether a decision about this attempt may be acted on now.
-
-        A person may have looked before the deadline of the write, and the write have landed after: the time of the
-        decision counts, not only that of acting on it.
-        """
-        if attempt.calling:
-            return Ruling.CALL_UNDER_WAY
-        if decision.action == Action.REDRIVE:
-            return Ruling.APPLIED if attempt.state is State.REJECTED else Ruling.NOT_REJECTED
-        if decision.action == Action.WAIVE:
-            is_free = attempt.state is State.REJECTED or (attempt.is_put_off and not attempt.may_have_landed)
-            return Ruling.APPLIED if is_free else Ruling.NOT_WAIVABLE
-        if decision.action not in (Action.POSTED, Action.NOT_POSTED):
-            return Ruling.ACTION_UNKNOWN
-        if not attempt.waits_for_person:
-            return Ruling.NOT_UNKNOWN
-        if decision.decided_at < attempt.decidable_at + self.policy.clock_error * 1000:
-            return Ruling.TOO_EARLY
-        return Ruling.APPLIED if moment.steady >= attempt.settled_at else Ruling.WAIT
-
-    def refuse_decision(self, attempt: Attempt, decision: Decision, ruling: Ruling) -> None:
-        """The decision is used up without effect; the entry says why."""
-        self._take_decision(attempt, decision, ruling)
-        self._touch(attempt)
-
-    def end_by_person(self, attempt: Attempt, decision: Decision, outcome: Outcome) -> None:
-        """A person ends the event: POSTED, WAIVED, or NOT_ROUTED when an edit sends it nowhere."""
-        self._take_decision(attempt, decision, Ruling.APPLIED)
-        attempt.state = State.DONE
-        attempt.failure, attempt.code = "", BY_PERSON
-        attempt.may_have_landed = False
-        attempt.due = NEVER
-        self._report(attempt, outcome, reference=decision.reference)
-        self._leave(attempt)
-
-    def send_again(self, attempt: Attempt, decision: Decision, moment: Moment) -> None:
-        """A person says that nothing landed: the same bytes go out as a first write."""
-        self._take_decision(attempt, decision, Ruling.APPLIED)
-        attempt.may_have_landed = False
-        attempt.first_write_at = attempt.tries = 0
-        self._retry(attempt, FailureKind.AMBIGUOUS, BY_PERSON, moment, pause=0)
-
-    def begin_again(
-        self, attempt: Attempt, decision: Decision, source: Source, event: MoneyEvent | None, moment: Moment
-    ) -> None:
-        """A person redrives a refused event: a new request is built, with the mapping and settings of now."""
-        self._take_decision(attempt, decision, Ruling.APPLIED)
-        attempt.source, attempt.event = source, event
-        attempt.request = attempt.place = None
-        attempt.frozen_at = attempt.first_write_at = attempt.tries = 0
-        queue = self._entities[attempt.entity]
-        if queue[0] is attempt:
-            attempt.state = State.PENDING
-            attempt.failure = attempt.code = ""
-            self._touch(attempt)
-            self._advance(queue)
-        else:
-            self._park_behind(attempt, moment)
-
-    def _take_decision(self, attempt: Attempt, decision: Decision, ruling: Ruling) -> None:
-        attempt.round += 1
-        attempt.decision, attempt.ruling = decision.decision_id, ruling.value
 
     # Transactions.
 
@@ -551,71 +456,24 @@ class Ledger:
 
     # Inside.
 
-    def _may_begin(self, attempt: Attempt, moment: Moment) -> bool:
-        queue = self._entities.get(attempt.entity)
-        if not queue or queue[0] is not attempt or attempt.calling:
-            return False
-        if attempt.state not in (State.PENDING, State.RETRY_AT, State.PARKED, State.UNKNOWN):
-            return False
-        if attempt.waits_for_person:
-            return False
-        wait_until = attempt.settled_at if attempt.may_have_landed else 0.0
-        if attempt.state in (State.RETRY_AT, State.UNKNOWN) and attempt.due != NEVER:
-            wait_until = max(wait_until, attempt.due)
-        if moment.steady < wait_until:
-            self._schedule(attempt, wait_until)
-            return False
-        if attempt.state is State.PARKED and attempt.may_have_landed:
-            # It goes on as what it was: unknown. The changelog keeps saying PARKED with its mark, which means the same.
-            attempt.state = State.UNKNOWN
-        return True
-
-    def _advance(self, queue: list[Attempt]) -> None:
-        """Set the first event of an entity going."""
-        if not queue:
-            return
-        head = queue[0]
-        if head.calling or head.state in (State.REJECTED, State.IN_FLIGHT):
-            return
-        if head.due != NEVER:
-            self._schedule(head, head.due)
-        elif not head.waits_for_person:
-            self._queue(head)
-
-    def _queue(self, attempt: Attempt) -> None:
-        if not attempt.is_queued:
-            attempt.is_queued = True
-            self._ready.append(attempt)
-
-    def _schedule(self, attempt: Attempt, due: float) -> None:
-        attempt.due = due
-        heapq.heappush(self._timers, (due, next(self._numbers), attempt))
-
     def _finish(self, attempt: Attempt, answer: Answer) -> None:
         attempt.state = State.DONE
         attempt.failure = answer.kind.value if answer.kind else ""
         attempt.code = answer.code
         attempt.may_have_landed = False
-        self._report(attempt, Outcome.POSTED, reference=answer.reference)
-        self._leave(attempt)
+        self.report(attempt, Outcome.POSTED, reference=answer.reference)
+        self.queues.leave(attempt)
 
-    def _leave(self, attempt: Attempt) -> None:
-        queue = self._entities[attempt.entity]
-        queue.remove(attempt)
-        if queue:
-            self._advance(queue)
-        else:
-            del self._entities[attempt.entity]
-
-    def _retry(self, attempt: Attempt, kind: FailureKind | str, code: str, moment: Moment, *, pause: float) -> None:
+    def retry(self, attempt: Attempt, kind: FailureKind | str, code: str, moment: Moment, *, pause: float) -> None:
+        """Surely not applied: begin it again after ``pause`` seconds."""
         attempt.state = State.RETRY_AT
         attempt.failure, attempt.code = str(kind), code
         attempt.retry_at = moment.wall + int(pause * 1000)
         if attempt.is_first_write and not attempt.written:
             # Nothing ever left, so the key's window has not begun.
             attempt.first_write_at = 0
-        self._touch(attempt)
-        self._schedule(attempt, moment.steady + pause)
+        self.touch(attempt)
+        self.queues.schedule(attempt, moment.steady + pause)
 
     def _doubt(self, attempt: Attempt, code: str, moment: Moment, *, pause: float = 0.0) -> None:
         """The request may have landed: its next step comes once every earlier write is over."""
@@ -632,7 +490,7 @@ class Ledger:
         attempt.state = State.UNKNOWN
         attempt.failure, attempt.code = FailureKind.AMBIGUOUS.value, code
         # The changelog still says IN_FLIGHT, which means the same after a restart.
-        self._schedule(attempt, due)
+        self.queues.schedule(attempt, due)
 
     def _name_doubt(self, code: str) -> str:
         """Why a person must decide: what was seen, unless only the key's window is in the way."""
@@ -645,29 +503,31 @@ class Ledger:
         attempt.calling = False
         attempt.due = NEVER
         attempt.decidable_at = moment.after(max(0.0, attempt.settled_at - moment.steady)).wall
-        self._report(attempt, Outcome.UNKNOWN)
+        self.report(attempt, Outcome.UNKNOWN)
         self._stop_entity(attempt, moment)
 
     def _stop_entity(self, attempt: Attempt, moment: Moment) -> None:
-        queue = self._entities.get(attempt.entity, [])
-        for later in queue:
-            if later.offset > attempt.offset and later.state is State.PENDING:
-                self._park_behind(later, moment)
+        for later in self.queues.list_later(attempt):
+            if later.state is State.PENDING:
+                self.park_behind(later, moment)
 
-    def _park_behind(self, attempt: Attempt, moment: Moment) -> None:
+    def park_behind(self, attempt: Attempt, moment: Moment) -> None:
+        """Set aside until the events of its entity that stopped before it are settled."""
         attempt.state = State.PARKED
         attempt.failure, attempt.code = "", BEHIND_ENTITY
         attempt.retry_at = moment.wall
         attempt.due = NEVER
-        self._report(attempt, Outcome.PARKED)
+        self.report(attempt, Outcome.PARKED)
 
-    def _touch(self, attempt: Attempt) -> None:
+    def touch(self, attempt: Attempt) -> None:
+        """Its entry goes into the next transaction."""
         self._dirty[attempt.event_id] = attempt
 
-    def _report(
+    def report(
         self, attempt: Attempt, outcome: Outcome, *, reference: str = "", field: str = "", dead_letter: bool = False
     ) -> None:
-        self._touch(attempt)
+        """Say with the next transaction what became of it."""
+        self.touch(attempt)
         attempt.outcome = outcome.value
         request = attempt.request
         self._reports.append(

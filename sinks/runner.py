@@ -98,9 +98,9 @@ class Clock:
 class Runner:
     """Delivers to one instance. ``run`` returns after ``stop``, or raises an ``OperatorError``.
 
-    ``registry`` and ``identities`` are asked; ``transport`` replaces the connection (tests); ``vault_key`` seals refresh
-    tokens. The group is ``remitstream.deliver.<instance name>``; ``instance`` and ``slot`` name this process, stable
-    over restarts.
+    ``registry`` and ``identities`` are asked; ``transport`` replaces the connection (tests); ``vault_key`` seals
+    refresh tokens. The group is ``remitstream.deliver.<instance name>``; ``instance`` and ``slot`` name this process,
+    stable over restarts.
     """
 
     def __init__(
