@@ -44,6 +44,11 @@ class Place:
             wanted.append(NewTopic("frontiers", 1, 1, config={"cleanup.policy": "compact"}))
         for future in self.admin.create_topics(wanted, operation_timeout=20).values():
             future.result()
+        # The controller has answered; the broker may know them a moment later.
+        until = time.monotonic() + 20
+        while not {topic.topic for topic in wanted} <= self.admin.list_topics(timeout=10).topics.keys():
+            assert time.monotonic() < until, "the topics do not appear"
+            time.sleep(0.02)
         self.members = []
 
     @property
