@@ -22,9 +22,11 @@ from sinks.attempts import Attempt, Ruling, State
 from sinks.contract import Answer
 from sinks.ledger import Ledger
 from sinks.policy import Policy
+from sinks.runner import Runner
 from sinks.shards import Shards
 from tests.models.sink import ATTEMPTS, DEADLINE, GROUP, SESSION, WINDOW, X0, X1, Y0, Story, read_state
 from topics import frontier
+from topics.group import LastWork
 
 COVERED = set()
 """Names of rules that have a test."""
@@ -159,6 +161,7 @@ async def test_who_gave_its_partition_up_writes_no_more(tell, monkeypatch, kept)
     if not kept:
         monkeypatch.setattr(Shards, "release", lambda *_: None)
         monkeypatch.setattr(Shards, "drop_lost", _forget)
+        monkeypatch.setattr(Runner, "_hand_over", lambda *_: LastWork())
     story = tell("C", X0)
     await take_over_before_the_look(story, told=True)
     conclude(story, kept, "x0 was applied twice")
@@ -349,7 +352,7 @@ async def test_a_person_decides_when_the_first_write_is_over(tell, monkeypatch, 
     story = tell("D", X0)
     story.plan["x0"] = ["late"]
     if not kept:
-        monkeypatch.setattr(Ledger, "rule", lambda *_: Ruling.APPLIED)
+        monkeypatch.setattr("sinks.rulings.rule", lambda *_: Ruling.APPLIED)
     await story.start("w0")
     await story.until(lambda: story.list_outcomes().get("x0") == ["unknown"])
     await decide(story, Action.NOT_POSTED)
