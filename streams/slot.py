@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from schemas.failure import TemporaryError
+from streams.state import StateUnusable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -42,7 +43,10 @@ def name_folder(state: Path, instance: str, slot: int) -> Path:
 
 @contextlib.asynccontextmanager
 async def hold(folder: Path, *, patience: float = PATIENCE) -> AsyncIterator[None]:
-    """Hold a slot's folder. Raises ``SlotTaken``, naming the other process, after ``patience`` seconds."""
+    """Hold a slot's folder.
+
+    Raises ``SlotTaken``, naming the other process, after ``patience`` seconds, and ``StateUnusable``.
+    """
     handle = _open(folder)
     try:
         until = time.monotonic() + patience
@@ -58,8 +62,11 @@ async def hold(folder: Path, *, patience: float = PATIENCE) -> AsyncIterator[Non
 
 
 def _open(folder: Path) -> int:
-    folder.mkdir(parents=True, exist_ok=True)
-    return os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateUnusable(f"{type(error).__name__}.", place=str(folder)) from None
 
 
 def _try_lock(handle: int) -> bool:

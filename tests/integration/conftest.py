@@ -58,6 +58,9 @@ class Deployment:
             "kafka.bootstrap": stack.kafka_bootstrap,
             "registry.url": stack.registry_url,
             "redis.url": stack.redis_url,
+            # A static member that comes back within its session gets the partitions it had, so those of a deployment
+            # with another number of partitions must have another name.
+            "worker.instance": f"p{overrides.get('worker.partitions', 'd')}",
             "kafka.session_timeout_seconds": "6",
             "redis.key_prefix": f"t{time.time_ns()}",
             "receiver.port": str(self.receiver_port),
