@@ -103,7 +103,7 @@ def test_a_worker_that_changes_its_store_before_the_commit_is_found(deploy_for_m
         found = find_points(sweep, lambda _text: None)
         point = next(p for p in found if (p.door, p.side) == ("Producer.commit_transaction", "before"))
         sweep.options, sweep.patience = {"store_first": True}, 15
-        with pytest.raises(SweepFailed, match=r"canonical expected, \['suppressed'\] found"):
+        with pytest.raises(SweepFailed, match="canonical expected"):
             sweep.try_point(Trial(point))
     finally:
         sweep.close()
