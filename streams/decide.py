@@ -729,16 +729,21 @@ def _leave_out_reviewed(seen: list[SeenEntry], record: RawRecord, digest: bytes)
 
     The same list when there is none such: the record is a copy like any other.
     """
-    if not seen or not record.headers or record.headers[-1][0] != headers.REVIEWED_HOP:
+    if not seen or not _is_reviewed(record):
         return seen
     reviewed = record.headers[-1][1].decode("utf-8", "replace")
     others = [entry for entry in seen if (entry.hop, entry.digest) != (reviewed, digest)]
     return others if len(others) < len(seen) else seen
 
 
+def _is_reviewed(record: RawRecord) -> bool:
+    """Whether a person sent this record in the place of one in review: the header is then the last, so told at once."""
+    return bool(record.headers) and record.headers[-1][0] == headers.REVIEWED_HOP
+
+
 def _find_named(record: RawRecord) -> str:
     """Keyed hash of the identifier that a person named for this record; empty for all but a few."""
-    if not record.headers or record.headers[-1][0] != headers.REVIEWED_HOP:
+    if not _is_reviewed(record):
         return ""
     return find_header(record.headers, headers.NAMED_PATIENT) or ""
 

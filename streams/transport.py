@@ -147,12 +147,13 @@ class Feeder:
         if self._refused:
             released = {held.hop for room in decision.rooms for held in room.released}
             self._refused -= released.union(record.hop for record in batch.records)
-        self._adapt_limit(len(batch.records), time.perf_counter() - batch.begun)
+        seconds = time.perf_counter() - batch.begun
+        self._adapt_limit(len(batch.records), seconds)
         self._acquit(batch)
         source = self.deciders[batch.topic].source
         if batch.records:
             self._metrics.set(Metric.BATCH_RECORDS, len(batch.records), source=source)
-            self._metrics.observe(Metric.BATCH_SECONDS, time.perf_counter() - batch.begun, source=source)
+            self._metrics.observe(Metric.BATCH_SECONDS, seconds, source=source)
         for room in decision.rooms:
             for held in room.released:
                 self._metrics.add(Metric.RELEASED, 1, source=source, reason=held.reason)
@@ -162,7 +163,6 @@ class Feeder:
                 self._metrics.add(Metric.DEAD_LETTERS, count, stage="normalise", code=reason)
             elif fate is Fate.IN_REVIEW:
                 self._metrics.add(Metric.REVIEWS, count, source=source, reason=reason)
-        self._measure_waiting()
 
     def _adapt_limit(self, records: int, seconds: float) -> None:
         """Small after a slow batch, larger again after a quick one that was full."""
