@@ -14,7 +14,6 @@ Quirks:
 
 from __future__ import annotations
 
-import hashlib
 import re
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -31,6 +30,7 @@ from schemas.formats import hl7
 from schemas.mapping import FieldMapping, build_view
 from schemas.tenancy import Name
 from sinks.contract import Answer, PostingContext, Request, Target, TargetClass
+from sinks.references import derive
 from sinks.transport import MllpSettings
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 _MAPPING = Path(__file__).parent.parent / "mappings" / "epic_dft.yaml"
 _PLACE = re.compile(r"(PID|PV1|FT1)-([1-9]\d?)(?:\.([1-9]\d?)(?:\.([1-9]\d?))?)?\Z")
 _OWN: Final = frozenset({("PID", "1"), ("PV1", "1"), ("PV1", "2"), ("FT1", "1"), ("FT1", "2")})
-_BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # no I, L, O, U: read aloud on the phone without mistakes
 _LONGEST: Final = {"FT1-8": 40}
 """Lengths of HL7 2.5.1 that receivers are known to cut at; a cut reference would be worse than none."""
 
@@ -132,8 +131,8 @@ def routes(event: MoneyEvent, settings: EpicDftSettings) -> bool:
 
 def freeze(event: MoneyEvent, context: PostingContext, settings: EpicDftSettings) -> Request:
     """The message, whole. MSH-7 is ``frozen_at``; MSH-10 and FT1-2 are functions of the event and the instance."""
-    control_id = _derive(f"msh10|{settings.name}|{event.event_id}", 20)
-    reference = settings.id_prefix + _derive(
+    control_id = derive(f"msh10|{settings.name}|{event.event_id}", 20)
+    reference = settings.id_prefix + derive(
         f"ft1|{settings.name}|{event.event_id}", settings.id_length - len(settings.id_prefix)
     )
     zone = ZoneInfo(context.facility.time_zone)
@@ -254,12 +253,6 @@ def _fill(parts: dict[int, str], absent: str) -> tuple[str, ...]:
 @lru_cache(maxsize=64)
 def _load_mapping(overlay: Path | None) -> FieldMapping:
     return FieldMapping.load(_MAPPING, overlay, accepts_phi=TARGET.accepts_phi)
-
-
-def _derive(text: str, length: int) -> str:
-    """``length`` characters, 5 bits each, of the text's sha256."""
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
-    return "".join(_BASE32[number >> (5 * place) & 31] for place in range(length))
 
 
 TARGET = Target(
