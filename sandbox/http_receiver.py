@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from aiohttp import web
 
@@ -57,6 +58,11 @@ class Seen:
     headers: Mapping[str, str]
     body: bytes
 
+    @property
+    def query(self) -> dict[str, str]:
+        """The parameters in the path."""
+        return dict(parse_qsl(urlsplit(self.path).query))
+
 
 Handler = Callable[[web.Request, bytes], Reply]
 
@@ -91,6 +97,10 @@ class Receiver(ABC):
     @abstractmethod
     def fail_at_200(self) -> Reply:
         """An error as the vendor writes it with status 200."""
+
+    def throttle(self) -> Any:
+        """Body of a 429, as the vendor writes it."""
+        return {"message": "slow down"}
 
     def serve_token(self, _request: web.Request, _body: bytes) -> Reply:
         """The token endpoint, where there is one."""
@@ -163,7 +173,7 @@ class Receiver(ABC):
     def _handle(self, request: web.Request, body: bytes, handler: Handler) -> Reply | None:
         trouble = self._troubles.pop(0) if self._troubles else None
         if trouble is Trouble.THROTTLE:
-            return Reply(429, {"message": "slow down"}, {"Retry-After": self._retry_after})
+            return Reply(429, self.throttle(), {"Retry-After": self._retry_after})
         if trouble is Trouble.UNAVAILABLE:
             return Reply(503, b"upstream is away")
         if trouble is Trouble.ERROR_AT_200:

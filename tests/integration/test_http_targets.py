@@ -9,7 +9,8 @@ from decimal import Decimal
 import pytest
 from pydantic import SecretStr
 
-from sandbox.quickbooks import Company, Trouble
+from sandbox.http_receiver import Trouble
+from sandbox.quickbooks import Company
 from sinks.catalog import load
 from sinks.runner import Runner
 from tests.integration.test_delivery import EverybodyKnown, Running, Site, build_tenancy, count_final, wait_until
@@ -85,7 +86,7 @@ async def test_everything_is_posted_once_through_a_hang_a_stale_token_and_a_429(
         # The hung request was sent again with its own key and bytes, and the company knew it.
         by_key = {}
         for seen in company.seen:
-            by_key.setdefault(seen.request_id, []).append(seen.body)
+            by_key.setdefault(seen.query["requestid"], []).append(seen.body)
         assert sorted(len(bodies) for bodies in by_key.values()) == [1] * 7 + [2]
         assert all(len(set(bodies)) == 1 for bodies in by_key.values())
         assert company.counts["replays"] == 1
@@ -106,7 +107,7 @@ async def test_everything_is_posted_once_through_a_hang_a_stale_token_and_a_429(
         await wait_until(lambda: count_final(books) == len(facts) + 8)
 
         # An error in an answer with status 200 is no posting.
-        company.trouble(Trouble.FAULT_AT_200)
+        company.trouble(Trouble.ERROR_AT_200)
         books.publish([("capture", "pi_30", "pi_30", 500)])
         await wait_until(lambda: count_final(books) == len(facts) + 9)
     refused = next(seen for seen in company.seen if seen.status == 429)
@@ -144,7 +145,7 @@ async def test_a_process_that_dies_in_a_call_leaves_a_request_that_is_resent_as_
     async with Running(books.build_runner()):
         await wait_until(lambda: count_final(books) == 2)
     assert count_posted(books) == {"pi_1": 1, "re_1": 1}
-    sent = [(seen.request_id, seen.body) for seen in company.seen]
+    sent = [(seen.query["requestid"], seen.body) for seen in company.seen]
     assert sent[0] == sent[1]
     assert company.counts["replays"] == 1
 

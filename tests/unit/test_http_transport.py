@@ -9,7 +9,8 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from clients.vault import Vault, VaultKey, VaultKeyWrong
-from sandbox.quickbooks import Company, Trouble
+from sandbox.http_receiver import Trouble
+from sandbox.quickbooks import Company
 from schemas.events import MoneyEvent, Reference
 from schemas.failure import Failure, FailureKind
 from schemas.money import Money
@@ -109,8 +110,8 @@ async def test_a_timeout_after_success_is_in_doubt_and_the_resend_posts_nothing_
     assert answer.reference == company.postings[0].id
     assert len(company.postings) == 1
     first, second = company.seen
-    assert (first.request_id, first.body) == (second.request_id, second.body)
-    assert first.request_id == request.control_id
+    assert (first.query["requestid"], first.body) == (second.query["requestid"], second.body)
+    assert first.query["requestid"] == request.control_id
 
 
 async def test_one_caller_renews_a_stale_token_and_all_requests_go_once_more(company, settings, transport):
@@ -163,7 +164,7 @@ async def test_the_replaced_refresh_token_outlives_the_transport(company, settin
     ("trouble", "kind", "code", "wait"),
     [
         (Trouble.THROTTLE, "RATE_LIMITED", "HTTP_429", 7),
-        (Trouble.FAULT_AT_200, "REJECTED", "QBO_6000", 0),
+        (Trouble.ERROR_AT_200, "REJECTED", "QBO_6000", 0),
         (Trouble.UNAVAILABLE, "UNAVAILABLE", "HTTP_503", 0),
     ],
 )
