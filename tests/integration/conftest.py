@@ -24,10 +24,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.account import balance_books
 from runtime.settings import ensure_secrets, read_settings
+from schemas.events import PatientRecord, Reference
 from schemas.failure import TemporaryError
+from schemas.keys import HmacKey
+from schemas.wire import Encoder
 from tests.ports import find_ports
 from topics import provision
-from topics.registry import Registry, register_schemas
+from topics.registry import Registry, find_ids, register_schemas
 
 ROOT = Path(__file__).parents[2]
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -42,13 +45,16 @@ def stack(embedded_stack):
 class Deployment:
     """One deployment of examples/three-facilities.toml on the stack, with topics, ports and state of its own."""
 
-    def __init__(self, folder: Path, stack, overrides: dict[str, str]):
+    def __init__(self, folder: Path, stack, overrides: dict[str, str], targets: str | None = None):
+        """``targets`` replaces the example's target instances, as TOML."""
         self.folder = folder
         self.processes: dict[str, subprocess.Popen] = {}
         self.path = folder / "three-facilities.toml"
         text = (ROOT / "examples" / "three-facilities.toml").read_text("utf-8")
         for port in (2661, 2662, 2663):
             text = text.replace(f"port = {port}", f"port = {find_ports()}")
+        if targets is not None:
+            text = text[: text.index("[[targets]]")] + targets + text[text.index("[secrets]") :]
         self.path.write_text(text, "utf-8")
         shutil.copytree(ROOT / "examples" / "overlays", folder / "overlays")
         self.ports = {role: find_ports() for role in ("receiver", "listener", "projector", "worker", "deliverer")}
@@ -94,6 +100,32 @@ class Deployment:
         for future in admin.delete_consumer_groups(groups).values() if groups else ():
             with contextlib.suppress(Exception):
                 future.result()
+
+    def build_patients(self, *numbers: str, authority: str = "NORTH") -> list[tuple[bytes, bytes]]:
+        """Keys and values of the topic ``patients``: everybody's survivor is the number itself."""
+        encoder = Encoder(
+            "patient_record", find_ids(Registry(self.settings.registry), self.settings.topics)["patients-value"]
+        )
+        hmac_key = HmacKey(self.settings.secrets.hmac_key.get_secret_value().encode())
+        patients = []
+        for number in numbers:
+            reference = Reference(authority, "MR", number)
+            record = PatientRecord(
+                tenant="lakeshore",
+                facility=authority.lower(),
+                identifier=reference,
+                status="active",
+                mrn=reference,
+                feed="north-adt",
+                source_event_id=number,
+                message_type="ADT^A04",
+                occurred_at=1,
+                received_at=1,
+                mapping_version="1",
+                origin="here",
+            )
+            patients.append((hmac_key.hash_identifier(reference).encode(), encoder.encode(record)))
+        return patients
 
     def start(self, command: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen:
         """Start a role (``receive``, ``listen``, ``project``, ``worker``, ``deliver``, ``sandbox``) as a process."""

@@ -23,14 +23,13 @@ from runtime.desk.office import ActRefused, Office, SecondPersonNeeded, find_act
 from runtime.settings import read_settings
 from sandbox.billing import BillingSystem, Mode, ModeKind
 from sandbox.transactions import Instance
-from schemas.events import Action, PatientRecord, Reference
+from schemas.events import Action, Reference
 from schemas.keys import HmacKey
-from schemas.wire import Encoder
 from sinks.catalog import load
 from sinks.desk import DecisionRefused, TargetBook, build_decision
 from sinks.runner import Runner
 from topics import audit
-from topics.registry import Registry, find_ids
+from topics.registry import Registry
 
 pytestmark = pytest.mark.integration
 
@@ -88,15 +87,8 @@ class Place:
             self.send(refund, "refund.created", payment_intent=name, amount=100, **where)
 
     def admit(self, *numbers, authority="NORTH"):
-        encoder = Encoder("patient_record", find_ids(self.registry, self.settings.topics)["patients-value"])
-        for number in numbers:
-            reference = Reference(authority, "MR", number)
-            record = PatientRecord(
-                tenant="lakeshore", facility=authority.lower(), identifier=reference, status="active", mrn=reference,
-                feed="f", source_event_id="e", message_type="ADT^A04", occurred_at=1, received_at=1,
-                mapping_version="1", origin="here",
-            )  # fmt: skip
-            self.producer.produce("patients", encoder.encode(record), self.hmac.hash_identifier(reference).encode())
+        for key, value in self.deployment.build_patients(*numbers, authority=authority):
+            self.producer.produce("patients", value, key)
         self.flush()
 
     def flush(self):

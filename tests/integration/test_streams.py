@@ -14,11 +14,10 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
-from schemas.events import MoneyEvent, PatientRecord, Reference
-from schemas.keys import HmacKey
-from schemas.wire import Decoder, Encoder
+from schemas.events import MoneyEvent
+from schemas.wire import Decoder
 from topics.reading import Record, TopicReader, read_to_end
-from topics.registry import Registry, SchemaBreak, SchemaMissing, find_ids
+from topics.registry import Registry, SchemaBreak, SchemaMissing
 
 pytestmark = pytest.mark.integration
 
@@ -45,8 +44,6 @@ class Plant:
         self.deployment = deployment
         self.kafka = deployment.settings.kafka
         self.registry = Registry(deployment.settings.registry)
-        self.ids = find_ids(self.registry, deployment.settings.topics)
-        self.hmac = HmacKey(deployment.settings.secrets.hmac_key.get_secret_value().encode())
         self.producer = Producer({"bootstrap.servers": self.kafka.bootstrap, "partitioner": "murmur2_random"})
 
     def send(self, entity, body):
@@ -64,26 +61,8 @@ class Plant:
         self.producer.poll(0)
 
     def admit(self, *numbers):
-        encoder = Encoder("patient_record", self.ids["patients-value"])
-        for mrn in numbers:
-            reference = Reference("NORTH", "MR", mrn)
-            record = PatientRecord(
-                tenant="lakeshore",
-                facility="north",
-                identifier=reference,
-                status="active",
-                mrn=reference,
-                feed="north-adt",
-                source_event_id=mrn,
-                message_type="ADT^A04",
-                occurred_at=1,
-                received_at=1,
-                mapping_version="1",
-                origin="here",
-            )
-            self.producer.produce(
-                "patients", encoder.encode(record), self.hmac.hash_identifier(reference).encode(), headers=[]
-            )
+        for key, value in self.deployment.build_patients(*numbers):
+            self.producer.produce("patients", value, key, headers=[])
         self.flush()
 
     def flush(self):

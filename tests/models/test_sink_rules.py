@@ -9,10 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-import importlib.util
-import os
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -24,20 +21,14 @@ from sinks.ledger import Ledger
 from sinks.policy import Policy
 from sinks.runner import Runner
 from sinks.shards import Shards
+from tests.models.rules import Rules, conclude, load_model
 from tests.models.sink import ATTEMPTS, DEADLINE, GROUP, SESSION, WINDOW, X0, X1, Y0, Story, read_state
 from topics import frontier
 from topics.group import LastWork
 
-COVERED = set()
-"""Names of rules that have a test."""
+rule = Rules()
 OVER = DEADLINE + SESSION + 10
 """Longer than any earlier write can take to land, after a take-over too."""
-
-
-def rule(*names):
-    """The test is about these rules and runs with (``kept``) and without them."""
-    COVERED.update(names)
-    return pytest.mark.parametrize("kept", [True, False], ids=["kept", "left-out"])
 
 
 @pytest.fixture
@@ -53,15 +44,6 @@ async def tell(monkeypatch):
     for story in opened:
         story.kafka.before = lambda step, txid: None
         await story.close()
-
-
-def conclude(story, kept, wrong):
-    """With the rule all is right; without it, this is wrong."""
-    found = story.judge()
-    if kept:
-        assert found == []
-    else:
-        assert wrong in found, found
 
 
 def tombstone(story, *states):
@@ -451,11 +433,5 @@ async def test_the_documented_hole_is_where_it_is_said_to_be(tell, kind, wrong):
 
 
 def test_every_rule_of_the_model_has_a_test():
-    folder = Path(os.environ.get("REMITSTREAM_SHARED") or Path(__file__).parents[3] / "shared")
-    source = folder / "design" / "model" / "sink_model.py"
-    if not source.exists():
-        pytest.skip("the models are not here")
-    spec = importlib.util.spec_from_file_location("sink_model", source)
-    model = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(model)
-    assert set(model.LITERALS) | set(model.CONTROLS) == COVERED
+    model = load_model("sink_model")
+    assert set(model.LITERALS) | set(model.CONTROLS) == rule.covered

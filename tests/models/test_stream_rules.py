@@ -8,32 +8,23 @@ broker's door.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import os
 import shutil
 import threading
-from pathlib import Path
 
 import msgspec
 import pytest
 
 from streams.state import Draft
 from tests.models.kafka import Consumer, Death
+from tests.models.rules import Rules, conclude, load_model
 from tests.models.stream import K1, K2, K3, POISON, Story, capture
 from topics import frontier
 from topics.group import PositionBroken
 from topics.transaction import Transactor
 
-COVERED = set()
-"""Names of rules that have a test."""
+rule = Rules()
 GROUP = "remitstream.worker"
 EMPTY = msgspec.msgpack.encode([])
-
-
-def rule(*names):
-    """The test is about these rules and runs with (``kept``) and without them."""
-    COVERED.update(names)
-    return pytest.mark.parametrize("kept", [True, False], ids=["kept", "left-out"])
 
 
 @pytest.fixture
@@ -51,15 +42,6 @@ async def tell(monkeypatch, tmp_path):
         story.kafka.holds_markers = False
         story.kafka.write_markers()
         await story.close()
-
-
-def conclude(story, kept, wrong):
-    """With the rule all is right; without it, this is wrong."""
-    found = story.judge()
-    if kept:
-        assert found == []
-    else:
-        assert wrong in found, found
 
 
 def die_at(story, step, txid):
@@ -332,7 +314,7 @@ async def test_pending_offsets_are_waited_for_and_would_alone_suffice(tell, monk
     assert story.judge() == []
 
 
-COVERED.add("no-barrier")
+rule.covered.add("no-barrier")
 
 
 @rule("park-without-seen")
@@ -456,11 +438,5 @@ async def test_a_review_adds_its_digest_to_the_entry(tell, monkeypatch, kept):
 
 
 def test_every_rule_of_the_model_has_a_test():
-    folder = Path(os.environ.get("REMITSTREAM_SHARED") or Path(__file__).parents[3] / "shared")
-    source = folder / "design" / "model" / "stream_model.py"
-    if not source.exists():
-        pytest.skip("the models are not here")
-    spec = importlib.util.spec_from_file_location("stream_model", source)
-    model = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(model)
-    assert set(model.RULES) | set(model.CONTROLS) == COVERED
+    model = load_model("stream_model")
+    assert set(model.RULES) | set(model.CONTROLS) == rule.covered
