@@ -283,7 +283,8 @@ class OAuthCredential:
         self._unstored: StoredToken | None = None
         self._running: asyncio.Task[_Token] | None = None
         self._refusal: AuthFailure | None = None
-        self._refused_until = -math.inf
+        self._refused_at = -math.inf
+        self._refused_for = 0.0
 
     async def authorise(self) -> Authorisation:
         """The headers of the token in force; waits for a renewal that is due. Raises ``AuthFailure``.
@@ -305,7 +306,8 @@ class OAuthCredential:
         if token is not None and token.generation != refused.generation:
             return self._show(token)
         # A token refused within seconds of its issue is not stale; asking again at every call would flood the endpoint.
-        if token is not None and self._clock() - token.issued_at < min(
+        # Before its issue is no such moment: the clock was set back, and how old the token is nobody knows.
+        if token is not None and 0 <= self._clock() - token.issued_at < min(
             30.0, 0.1 * (token.expires_at - token.issued_at)
         ):
             return None
@@ -313,7 +315,7 @@ class OAuthCredential:
 
     def forget_refusal(self) -> None:
         """A person says: ask the endpoint again now."""
-        self._refused_until = -math.inf
+        self._refused_at = -math.inf
 
     async def close(self) -> None:
         """Wait for a renewal under way: its refresh token must reach the vault."""
@@ -328,7 +330,7 @@ class OAuthCredential:
         if self._token is not stale and self._token is not None:
             return self._token
         if self._running is None or self._running.done():
-            if self._refusal is not None and self._clock() < self._refused_until:
+            if self._refusal is not None and self._measure_pause() > 0:
                 raise self._repeat(self._refusal)
             self._running = asyncio.create_task(self._fetch_once(stale))
             # A failure that nobody waits for any more is told to the next caller, not to the log.
@@ -404,13 +406,17 @@ class OAuthCredential:
     def _refuse(self, refusal: AuthFailure) -> None:
         self._refusal = refusal
         brief = 1.0 if refusal.kind is FailureKind.UNAVAILABLE else self._pause
-        self._refused_until = self._clock() + max(brief, refusal.retry_after)
+        self._refused_at = self._clock()
+        self._refused_for = max(brief, refusal.retry_after)
+
+    def _measure_pause(self) -> float:
+        """Seconds for which the endpoint is still left alone. A clock that was set back does not make it longer."""
+        rest = self._refused_at + self._refused_for - self._clock()
+        return rest if 0 < rest <= self._refused_for else 0.0
 
     def _repeat(self, refusal: AuthFailure) -> AuthFailure:
         # A fresh one for each caller: one exception raised in many tasks gathers their tracebacks.
-        return AuthFailure(
-            refusal.kind, refusal.code, retry_after=max(refusal.retry_after, self._refused_until - self._clock())
-        )
+        return AuthFailure(refusal.kind, refusal.code, retry_after=max(refusal.retry_after, self._measure_pause()))
 
 
 async def send_authorised(

@@ -306,6 +306,15 @@ class TestFetching:
         clock.now += 0.5
         assert await read_access(credential) == "access-2"
 
+    async def test_a_clock_set_back_does_not_make_the_pause_longer(self, clock):
+        issuer = Issuer(clock)
+        issuer.answers = [HttpResponse(401, {}, b'{"error":"invalid_client"}')]
+        credential = make_client_credentials(issuer, clock)
+        with pytest.raises(AuthFailure):
+            await credential.authorise()
+        clock.now -= 3600
+        assert await read_access(credential) == "access-2"
+
     async def test_a_person_may_end_the_pause(self, clock):
         issuer = Issuer(clock)
         issuer.answers = [HttpResponse(401, {}, b'{"error":"invalid_client"}')]
@@ -356,6 +365,17 @@ class TestRenewing:
         clock.now += 600
         assert (await credential.renew(old)).generation == 2
         assert (await credential.renew(old)).generation == 2
+        assert len(issuer.asked) == 2
+
+    async def test_a_token_of_a_later_clock_is_renewed_when_it_is_refused(self, clock):
+        issuer = Issuer(clock)
+        credential = make_client_credentials(issuer, clock)
+        await credential.authorise()
+        clock.now -= 7200  # our clock was ahead when the token came
+        issuer.valid.clear()  # and by now the vendor says that it is over
+        request = HttpRequest("POST", "https://api.example.com/")
+        response, generation = await send_authorised(issuer, request, credential, deadline=5)
+        assert (response.status, generation) == (201, 2)
         assert len(issuer.asked) == 2
 
     async def test_a_fresh_token_that_is_refused_is_refused(self, clock):
