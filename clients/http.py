@@ -119,6 +119,10 @@ class _TooLong(Exception):
     """The answer is longer than we take."""
 
 
+class _PackedTwice(Exception):
+    """The answer is packed more than once: a few bytes of it could unpack to more than there is memory."""
+
+
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 _REPEATABLE = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -311,10 +315,13 @@ class HttpClient:
             self._policy.check_url(str(outgoing.url))
         response = await self._transports[self._proxies.choose(outgoing.url)].handle_async_request(outgoing)
         # Only what is packed needs httpx's decoders.
-        pieces = response.aiter_bytes() if "content-encoding" in response.headers else response.stream
+        packing = response.headers.get("content-encoding", "")
+        pieces = response.aiter_bytes() if packing else response.stream
         assert isinstance(pieces, AsyncIterable)
         body = bytearray()
         try:
+            if "," in packing:
+                raise _PackedTwice
             async for piece in pieces:
                 body += piece
                 if len(body) > self._longest_answer:

@@ -323,6 +323,19 @@ async def test_an_endless_answer_is_cut_off(packed):
         assert await fail(fake.url, longest_answer=200_000) == (FailureKind.AMBIGUOUS, "ANSWER_TOO_LONG")
 
 
+async def test_an_answer_packed_twice_is_not_unpacked():
+    body = gzip.compress(gzip.compress(b"0" * 100_000))
+
+    async def send_packed(fake, reader, writer):
+        await fake.read_request(reader)
+        head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip, gzip\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+
+    async with serving(send_packed) as fake:
+        assert await fail(fake.url) == (FailureKind.AMBIGUOUS, "ANSWER_UNREADABLE")
+
+
 async def test_a_request_that_cannot_be_sent_is_invalid():
     async with serving(answer_ok) as fake, HttpClient() as client:
         for request in (
