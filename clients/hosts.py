@@ -150,7 +150,9 @@ class HostPolicy:
             return _normalise(host) in self._names
         if address.is_reserved:
             return False
-        return address.is_global or _normalise(host) in self._names
+        # Site-local addresses were given up as a kind, and networks still have them.
+        is_public = address.is_global and not (isinstance(address, IPv6Address) and address.is_site_local)
+        return is_public or _normalise(host) in self._names
 
 
 class DeclaresHosts(Protocol):

@@ -88,7 +88,7 @@ ADDRESSES = [
     ("64:ff9b::5db8:d70e", "public"),
     ("10.1.2.3", "private"), ("172.16.0.1", "private"), ("192.168.1.1", "private"), ("100.64.0.1", "private"),
     ("198.18.0.1", "private"), ("fd00::1", "private"), ("::ffff:10.1.2.3", "private"), ("2002:0a01:0203::1", "private"),
-    ("64:ff9b::0a01:0203", "private"),
+    ("64:ff9b::0a01:0203", "private"), ("fec0::1", "private"),
     ("127.0.0.1", "private"), ("127.8.8.8", "private"), ("::1", "private"), ("::ffff:127.0.0.1", "private"),
     ("169.254.169.254", "link-local"), ("fe80::1", "link-local"), ("fe80::1%eth0", "link-local"),
     ("::ffff:169.254.169.254", "link-local"),
@@ -108,7 +108,10 @@ def test_addresses(address, reach):
     assert everything.allows("h.example.com", address) == (reach != "never")
 
 
-INSIDE = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "169.254.0.0/16", "fc00::/7", "fe80::/10")
+INSIDE = (
+    "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "169.254.0.0/16", "fc00::/7", "fe80::/10",
+    "fec0::/10",
+)  # fmt: skip
 
 
 @given(st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)))
