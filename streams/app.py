@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable
 
     from streams.batch import Batch
-    from streams.transport import Feeder
+    from streams.feeder import Feeder
 
 CODEC = "remitstream-batch"
 

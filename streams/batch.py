@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from streams.decide import Decision
+from streams.decision import Decision
 from topics.group import StaleAssignment
 from topics.headers import RawRecord
 from topics.transaction import RecordRefused, TransactionAborted
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from schemas.failure import TemporaryError
-    from streams.decide import Room
-    from streams.transport import Feeder
+    from streams.decision import Room
+    from streams.feeder import Feeder
 
 
 @dataclass(slots=True)

@@ -7,41 +7,23 @@ outside the returned decision; the caller commits it and only then applies it.
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from identity.resolution import Ambiguous, Known, Resolution
-from schemas.events import (
-    Disposition,
-    Fate,
-    MoneyEvent,
-    PatientRecord,
-    Reference,
-    Review,
-    WaitingEntry,
-)
+from schemas.events import Fate, MoneyEvent, Reference, WaitingEntry
 from schemas.failure import Failure, FailureKind, OperatorError
-from schemas.keys import HmacKey, build_event_id
-from streams.admissions import Ignored as IgnoredAdmission
-from streams.admissions import read_admission
+from streams.decision import Clock, Codecs, Decision, Printer, Room, Writer, as_failure, guard
 from streams.normalise import Ignored, Normalised, Normaliser
-from streams.state import Draft, Lineage, PartitionState, SeenEntry
-from streams.waiting import BEHIND_ENTITY, PARENT_UNKNOWN, PATIENT_UNKNOWN, Held, WaitingDraft, WaitingRoom
-from topics import catalog, headers
-from topics.dead_letter import build_dead_letter
+from streams.state import Draft, Lineage, SeenEntry
+from streams.waiting import BEHIND_ENTITY, PARENT_UNKNOWN, PATIENT_UNKNOWN, Held, WaitingDraft
+from topics import headers
 from topics.headers import RawRecord, find_header
-from topics.transaction import Changelog, Output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from identity.projection import Identities
-    from schemas.tenancy import Tenancy
-    from schemas.wire import Decoder, Encoder
-
-T_Mapped = TypeVar("T_Mapped")
+    from schemas.keys import HmacKey
 
 RELEASE_CHUNK = 1000
 """Identities of the waiting room looked up at once."""
@@ -54,212 +36,6 @@ RELEASE_INTERVAL_CAP = 60.0
 
 EXPIRY_INTERVAL = 5.0
 """Seconds between two searches for records whose parent never came."""
-
-
-@dataclass(frozen=True, slots=True)
-class Codecs:
-    """Avro codecs of everything a worker writes."""
-
-    money: dict[str, Encoder]
-    patient: Encoder
-    disposition: Encoder
-    review: Encoder
-    waiting: Encoder | None
-    """None for a source without a waiting room."""
-    waiting_reader: Decoder
-
-
-@dataclass(slots=True)
-class Decision:
-    """What one batch leads to: records to write, and changes to apply once they are committed."""
-
-    outputs: list[Output] = field(default_factory=list)
-    dead_letters: list[Output] = field(default_factory=list)
-    drafts: list[Draft] = field(default_factory=list)
-    rooms: list[WaitingDraft] = field(default_factory=list)
-    fates: Counter[tuple[Fate, str]] = field(default_factory=Counter)
-
-    def list_outputs(self) -> list[Output]:
-        """Everything of the transaction beside changelogs, frontiers and offsets."""
-        return [*self.outputs, *self.dead_letters]
-
-    def list_changelogs(self) -> list[Changelog]:
-        """Changes of local state, as the transaction writes them."""
-        return [changelog for draft in self.drafts for changelog in draft.list_changelogs()]
-
-    def apply(self) -> None:
-        """Take the decision over into stores and waiting rooms: after its transaction has committed, not before."""
-        for draft in self.drafts:
-            draft.apply()
-        for room in self.rooms:
-            room.apply()
-
-
-@dataclass(slots=True)
-class Room:
-    """Local state of one partition: its store and the index of its waiting room."""
-
-    state: PartitionState
-    waiting: WaitingRoom = field(default_factory=WaitingRoom)
-
-
-class Clock:
-    """Time as decisions see it; a test passes its own."""
-
-    def now_ms(self) -> int:
-        """Milliseconds since the epoch."""
-        return time.time_ns() // 1_000_000
-
-    def monotonic(self) -> float:
-        """Seconds, never going back."""
-        return time.monotonic()
-
-
-class _Printer:
-    """Builds canonical records. What is the same for all events of an account and kind is built once."""
-
-    def __init__(self, codecs: Codecs) -> None:
-        self._codecs = codecs
-        self._same: dict[tuple[str, str, str], tuple[bytes, bytes, bytes, bytes]] = {}
-        self._second = (-1, "", b"")
-
-    def print(self, record: RawRecord, normalised: Normalised) -> Output:
-        """The canonical record of an event. Raises when the event does not fit its schema."""
-        event, topic = normalised.event, normalised.topic
-        same = self._same.get((topic, event.account, event.kind))
-        if same is None:
-            same = self._same[topic, event.account, event.kind] = (
-                f"/{event.tenant}/{event.source}/{event.account}".encode(),
-                f"remitstream.{topic}.{event.kind}".encode(),
-                event.facility.encode(),
-                event.mapping_version.encode(),
-            )
-        source, event_type, facility, version = same
-        event_id = event.event_id.encode()
-        return Output(
-            topic,
-            event.root.encode(),
-            self._codecs.money[topic].encode(event),
-            [
-                ("ce_specversion", b"1.0"),
-                ("ce_id", event_id),
-                ("ce_source", source),
-                ("ce_type", event_type),
-                ("ce_time", self._format_time(event.occurred_at)),
-                (headers.EVENT_ID, event_id),
-                (headers.HOP, record.hop.encode()),
-                (headers.ORIGIN, event.origin.encode()),
-                (headers.INGEST_TIME, b"%d" % event.received_at),
-                (headers.FACILITY, facility),
-                (headers.MAPPING_VERSION, version),
-            ],
-            -1,
-            record.hop,
-        )
-
-    def _format_time(self, milliseconds: int) -> bytes:
-        """RFC 3339."""
-        second, rest = divmod(milliseconds, 1000)
-        if second != self._second[0]:
-            text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-            self._second = (second, text, f"{text}.000Z".encode())
-        return f"{self._second[1]}.{rest:03d}Z".encode() if rest else self._second[2]
-
-
-class _Writer:
-    """Builds the records of one batch."""
-
-    def __init__(self, codecs: Codecs, printer: _Printer, source: str, now_ms: int) -> None:
-        self._codecs = codecs
-        self._printer = printer
-        self._source = source
-        self._now_ms = now_ms
-        self._published: list[str] = []
-        self._decision = Decision()
-        self._outputs = self._decision.outputs
-
-    def finish(self) -> Decision:
-        """All that was written."""
-        for kind, count in Counter(self._published).items():
-            self._decision.fates[Fate.CANONICAL, kind] = count
-        return self._decision
-
-    def publish(self, record: RawRecord, normalised: Normalised) -> None:
-        """The canonical event."""
-        self._outputs.append(self._printer.print(record, normalised))
-        self._published.append(normalised.event.kind)
-
-    def publish_patients(self, outputs: Iterable[Output]) -> None:
-        """States of patient identifiers, as encoded."""
-        self._outputs += outputs
-
-    def wait(self, reason: str) -> None:
-        """The record is on hold."""
-        self._decision.fates[Fate.WAITING, reason] += 1
-
-    def dispose(self, record: RawRecord, fate: Fate, reason: str, event_type: str, linked: str = "") -> None:
-        """The record of a raw record that leads to nothing else."""
-        disposition = Disposition(
-            hop=record.hop,
-            fate=fate.value,
-            reason=reason,
-            source=self._source,
-            facility=find_header(record.headers, headers.FACILITY) or "",
-            event_type=event_type,
-            linked=linked,
-            decided_at=self._now_ms,
-        )
-        self._outputs.append(
-            Output(
-                catalog.DISPOSITIONS,
-                record.hop.encode(),
-                self._codecs.disposition.encode(disposition),
-                cause=record.hop,
-            )
-        )
-        self._decision.fates[fate, reason] += 1
-
-    def review(self, record: RawRecord, event: MoneyEvent, reason: str, discriminator: str = "") -> None:
-        """A question for a person."""
-        review = Review(
-            event_id=event.event_id,
-            reason=reason,
-            hop=record.hop,
-            source=self._source,
-            facility=event.facility,
-            transaction_key=event.transaction_key,
-            root=event.root,
-            event_type=event.kind,
-            created_at=self._now_ms,
-        )
-        key = "|".join(part for part in (event.event_id, reason, discriminator) if part)
-        self._outputs.append(
-            Output(
-                catalog.REVIEWS,
-                key.encode(),
-                self._codecs.review.encode(review),
-                [(headers.HOP, record.hop.encode())],
-                cause=record.hop,
-            )
-        )
-        self._decision.fates[Fate.IN_REVIEW, reason] += 1
-
-    def dead_letter(self, record: RawRecord, failure: Failure, stage: str) -> None:
-        """The record itself, with the reason as codes."""
-        self._decision.dead_letters.append(
-            build_dead_letter(
-                key=record.key,
-                value=record.value,
-                original=record.headers,
-                failure=failure,
-                stage=stage,
-                hop=record.hop,
-                origin=record.origin,
-                now_ms=self._now_ms,
-            )
-        )
-        self._decision.fates[Fate.DEAD_LETTERED, failure.code] += 1
-
 
 _Candidate = tuple[RawRecord, Normalised | Ignored | Failure]
 """A record of the batch after mapping: what it is, or why it is a dead letter."""
@@ -285,7 +61,7 @@ class MoneyDecider:
         self._codecs = codecs
         self._parent_wait_ms = int(parent_wait_seconds * 1000)
         self._clock = clock or Clock()
-        self._printer = _Printer(codecs)
+        self._printer = Printer(codecs)
         self._hashes: dict[Reference, str] = {}
         self._next_look: dict[str, tuple[float, float]] = {}
         self._last_look = float("-inf")
@@ -300,7 +76,7 @@ class MoneyDecider:
         when identities cannot be looked up; nothing has changed then.
         """
         now_ms = self._clock.now_ms()
-        writer = _Writer(self._codecs, self._printer, self.source, now_ms)
+        writer = Writer(self._codecs, self._printer, self.source, now_ms)
         self._hashes.clear()
         drafts = {partition: Draft(room.state) for partition, room in rooms.items()}
         candidates = self._map_all(records, refused)
@@ -380,7 +156,7 @@ class MoneyDecider:
     def _map(self, record: RawRecord, refused: frozenset[str]) -> Normalised | Ignored | Failure:
         if refused and record.hop in refused:
             return Failure(FailureKind.INVALID, "REFUSED_BY_BROKER", "record")
-        return _guard(self._normaliser.normalise, record)
+        return guard(self._normaliser.normalise, record)
 
     def _list_due(self, rooms: dict[int, Room]) -> list[str]:
         now = self._clock.monotonic()
@@ -434,7 +210,7 @@ class _Lane:
     def __init__(
         self,
         decider: MoneyDecider,
-        writer: _Writer,
+        writer: Writer,
         draft: Draft,
         room: WaitingDraft,
         found: dict[str, Resolution],
@@ -488,8 +264,8 @@ class _Lane:
             ended = self._settle(record, mapped, held=None)
         except OperatorError:
             raise
-        except Exception as error:  # noqa: BLE001 - as in _guard: encoding is part of what a record may fail at
-            self._writer.dead_letter(record, _as_failure(error), "normalise")
+        except Exception as error:  # noqa: BLE001 - as in guard: encoding is part of what a record may fail at
+            self._writer.dead_letter(record, as_failure(error), "normalise")
             return
         self._draft.write_seen(event.transaction_key, [*others, SeenEntry(digest, record.hop)])
         if mapped.is_root and ended and not self.room.is_empty:
@@ -604,8 +380,8 @@ class _Lane:
                 return False
         except OperatorError:
             raise
-        except Exception as error:  # noqa: BLE001 - as in _guard
-            self._end_as_dead_letter(held, entry, record, _as_failure(error))
+        except Exception as error:  # noqa: BLE001 - as in guard
+            self._end_as_dead_letter(held, entry, record, as_failure(error))
             return True
         self._end(held)
         return True
@@ -622,87 +398,6 @@ class _Lane:
     def _end(self, held: Held) -> None:
         self._draft.write_waiting(held.hop, None)
         self.room.release(held)
-
-
-class AdmissionDecider:
-    """Decides batches of `raw.hl7`: patient identifiers and merges, in the order each feed sent them."""
-
-    source = catalog.HL7
-
-    def __init__(self, tenancy: Tenancy, *, hmac_key: HmacKey, codecs: Codecs, clock: Clock | None = None) -> None:
-        self._tenancy = tenancy
-        self._hmac_key = hmac_key
-        self._codecs = codecs
-        self._printer = _Printer(codecs)
-        self._clock = clock or Clock()
-
-    async def decide(
-        self, rooms: dict[int, Room], records: Sequence[RawRecord], refused: frozenset[str] = frozenset()
-    ) -> Decision:
-        """Decide every message of a batch."""
-        writer = _Writer(self._codecs, self._printer, self.source, self._clock.now_ms())
-        drafts = {partition: Draft(room.state) for partition, room in rooms.items()}
-        for record in records:
-            drafts[record.partition].cause = record.hop
-            if record.hop in refused:
-                writer.dead_letter(record, Failure(FailureKind.INVALID, "REFUSED_BY_BROKER", "record"), "normalise")
-                continue
-            failure = _guard(self._decide_one, writer, drafts[record.partition], record)
-            if failure is not None:
-                writer.dead_letter(record, failure, "normalise")
-        decision = writer.finish()
-        decision.drafts = list(drafts.values())
-        return decision
-
-    def _decide_one(self, writer: _Writer, draft: Draft, record: RawRecord) -> None:
-        """Decide one message. Raises before anything was written."""
-        read = read_admission(record, self._tenancy)
-        if isinstance(read, IgnoredAdmission):
-            writer.dispose(record, Fate.IGNORED, read.reason, find_header(record.headers, "ce_type") or "")
-            return
-        digest = self._hmac_key.hash_facts(*read.facts)
-        feed = find_header(record.headers, headers.ACCOUNT) or ""
-        # Senders restart their control ids: the same id with other bytes is another message.
-        key = f"{self.source}:{feed}:{read.control_id}:{digest.hex()}"
-        seen = draft.read_seen(key)
-        if seen:
-            writer.dispose(record, Fate.SUPPRESSED, "DUPLICATE", read.message_type, seen[0].hop)
-            return
-        published = [self._publish(record, patient) for patient in read.records]
-        draft.write_seen(key, [SeenEntry(digest, record.hop)])
-        writer.publish_patients(published)
-        writer.dispose(record, Fate.PATIENT_UPDATE, "ADMISSION", read.message_type, build_event_id(key))
-
-    def rebuild(self, room: Room) -> None:
-        """Nothing of an admission waits."""
-
-    def _publish(self, record: RawRecord, patient: PatientRecord) -> Output:
-        return Output(
-            catalog.PATIENTS,
-            self._hmac_key.hash_identifier(patient.identifier).encode(),
-            self._codecs.patient.encode(patient),
-            [(headers.HOP, record.hop.encode()), (headers.ORIGIN, record.origin.encode())],
-            cause=record.hop,
-        )
-
-
-Decider = MoneyDecider | AdmissionDecider
-
-
-def _guard(function: Callable[..., T_Mapped], *arguments: object) -> T_Mapped | Failure:
-    """Run a per-record function: whatever it raises is that record's dead letter, not a crash."""
-    try:
-        return function(*arguments)
-    except Failure as failure:
-        return failure
-    except OperatorError:
-        raise
-    except Exception as error:  # noqa: BLE001 - the record is kept with the exception's type; the text may hold payload
-        return _as_failure(error)
-
-
-def _as_failure(error: Exception) -> Failure:
-    return error if isinstance(error, Failure) else Failure(FailureKind.INTERNAL, type(error).__name__, "")
 
 
 def _as_reference(parts: tuple[str, str, str] | None) -> Reference | None:

@@ -7,6 +7,7 @@ start-up time, never correctness. The store keeps the next changelog offset to r
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from topics.reading import Record, read_to_end
 from topics.transaction import Changelog
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from topics.cluster import KafkaSettings
 
@@ -40,12 +41,25 @@ MAP_BYTES = 64 * 1024**3
 STALE_SECONDS = 3 * 86_400
 """A store not current for this long is rebuilt: it must stay well below the changelogs' delete.retention (7 days)."""
 
+_DAMAGE = (
+    lmdb.CorruptedError,
+    lmdb.CursorFullError,
+    lmdb.InvalidError,
+    lmdb.PageFullError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+)
+"""What only a damaged file gives; a full one or a full disk gives others."""
+
+AHEAD_SECONDS = 3600
+"""A store that was current so much later than now was touched under a wrong clock: its age is not known."""
+
 
 class StateUnusable(FatalError):
-    """The local store cannot be written."""
+    """The local store cannot be written, or was damaged."""
 
     code = "RS320"
-    meaning = "The local state store cannot be written (disk full, no rights)."
+    meaning = "The local state store cannot be written (disk full, no rights), or what it holds is damaged."
     default_remedy = "Free disk space or correct `worker.state`; the store is rebuilt from Kafka."
 
 
@@ -97,7 +111,12 @@ class Draft:
     def read_seen(self, key: str) -> list[SeenEntry]:
         """Decided copies of a fact; empty when absent or void."""
         value = self._read(SEEN, _shorten(key))
-        return [] if value is None else _seen_decoder.decode(value)
+        if value is None:
+            return []
+        try:
+            return _seen_decoder.decode(value)
+        except msgspec.MsgspecError:
+            raise self.state.discard("an entry of `seen` is not readable") from None
 
     def write_seen(self, key: str, entries: Sequence[SeenEntry]) -> None:
         """Replace the decided copies of a fact; none means void."""
@@ -106,7 +125,12 @@ class Draft:
     def read_lineage(self, root: str) -> Lineage | None:
         """What is known of a root transaction."""
         value = self._read(LINEAGE, _shorten(root))
-        return None if value is None else _lineage_decoder.decode(value)
+        if value is None:
+            return None
+        try:
+            return _lineage_decoder.decode(value)
+        except msgspec.MsgspecError:
+            raise self.state.discard("an entry of `lineage` is not readable") from None
 
     def write_lineage(self, root: str, lineage: Lineage) -> None:
         """Record a root transaction."""
@@ -203,6 +227,16 @@ class PartitionState:
             applied[store] = max(applied[store], log.offset + 1)
         self._put(entries, applied, current=True)
 
+    def discard(self, reason: str) -> StateUnusable:
+        """Remove the damaged store, so that the next process rebuilds it; return the error to end this one with.
+
+        No record is to blame for it: what it would decide from such a store would be wrong.
+        """
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+        remedy = "Nothing by hand: the next start rebuilds the store from Kafka. Look at the disk if it repeats."
+        return StateUnusable(f"damaged ({reason}).", place=str(self.path), remedy=remedy)
+
     def close(self) -> None:
         """Give up the store; its files stay."""
         if self._environment is not None:
@@ -226,21 +260,21 @@ class PartitionState:
                 self._environment = environment
                 self._check_length(environment)
                 self._databases = {store: environment.open_db(store.encode()) for store in (*self._stores, _META)}
-                meta = self._read_meta()
-            except (lmdb.Error, OSError) as error:
+                meta = self._read_meta(environment)
+                age = time.time() - float(meta.get(b"touched", b"0"))
+                applied = {store: int(meta.get(b"next:" + store.encode(), b"0")) for store in self._stores}
+            except (lmdb.Error, OSError, ValueError) as error:
                 self.close()
                 if attempt:
                     raise StateUnusable(f"{type(error).__name__}.", place=str(self.path)) from None
                 shutil.rmtree(self.path, ignore_errors=True)
                 continue
-            touched = float(meta.get(b"touched", b"0"))
             usable = all(meta.get(name) == value for name, value in marks.items())
-            if meta and (not usable or time.time() - touched > STALE_SECONDS):
+            if meta and not (usable and -AHEAD_SECONDS <= age <= STALE_SECONDS):
                 self.close()
                 shutil.rmtree(self.path, ignore_errors=True)
                 continue
-            self._applied = {store: int(meta.get(b"next:" + store.encode(), b"0")) for store in self._stores}
-            self._put({_META: list(marks.items())}, self._applied)
+            self._put({_META: list(marks.items())}, applied)
             return
         raise StateUnusable("the store cannot be made anew.", place=str(self.path))
 
@@ -284,18 +318,25 @@ class PartitionState:
                     transaction.put(b"next:" + store.encode(), str(offset).encode(), db=meta)
                 if current:
                     transaction.put(b"touched", str(time.time()).encode(), db=meta)
+        except _DAMAGE as error:
+            raise self.discard(type(error).__name__) from None
         except (lmdb.Error, OSError) as error:
             raise StateUnusable(f"{type(error).__name__}.", place=str(self.path)) from None
         self._applied = applied
 
-    def _read_meta(self) -> dict[bytes, bytes]:
-        with self._begin() as transaction:
+    def _read_meta(self, environment: lmdb.Environment) -> dict[bytes, bytes]:
+        with environment.begin() as transaction:
             return {bytes(key): bytes(value) for key, value in transaction.cursor(db=self._databases[_META])}
 
-    def _begin(self) -> lmdb.Transaction:
+    @contextlib.contextmanager
+    def _begin(self) -> Iterator[lmdb.Transaction]:
         if self._environment is None:
             raise StateUnusable("the store is closed.", place=str(self.path))
-        return self._environment.begin()
+        try:
+            with self._environment.begin() as transaction:
+                yield transaction
+        except lmdb.Error as error:
+            raise self.discard(type(error).__name__) from None
 
 
 def _write(cursor: lmdb.Cursor, changes: Sequence[tuple[bytes, bytes | None]]) -> None:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.roles import worker
 from runtime.settings import read_settings
-from streams.decide import Decision, MoneyDecider, _guard, _Writer
+from streams.decide import MoneyDecider
+from streams.decision import Decision, Writer, guard
 from streams.normalise import Normalised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from streams.decide import Room
+    from streams.decision import Room
     from topics.headers import RawRecord
 
 
@@ -33,9 +34,9 @@ class MappingDecider(MoneyDecider):
         refused: frozenset[str] = frozenset(),  # noqa: ARG002 - nothing of the input is refused
     ) -> Decision:
         """Map every record of a batch."""
-        writer = _Writer(self._codecs, self._printer, self.source, self._clock.now_ms())
+        writer = Writer(self._codecs, self._printer, self.source, self._clock.now_ms())
         for record in records:
-            mapped = _guard(self._normaliser.normalise, record)
+            mapped = guard(self._normaliser.normalise, record)
             if not isinstance(mapped, Normalised):
                 raise TypeError("a record of the bench's input was not mapped")
             writer.publish(record, mapped)

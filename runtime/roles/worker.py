@@ -12,17 +12,19 @@ from runtime.roles import process
 from schemas.events import WaitingEntry
 from schemas.keys import HmacKey
 from schemas.wire import Decoder, Encoder
+from streams.admission_decider import AdmissionDecider
 from streams.app import Worker
-from streams.decide import AdmissionDecider, Codecs, MoneyDecider
+from streams.decide import MoneyDecider
+from streams.decision import Codecs
+from streams.feeder import Feeder
 from streams.normalise import Normaliser
 from streams.slot import hold, name_folder
-from streams.transport import Feeder
 from topics import catalog
 from topics.registry import Registry, find_ids
 
 if TYPE_CHECKING:
     from runtime.settings import Settings
-    from streams.decide import Decider
+    from streams.decision import Decider
 
 
 class _FaustWorker(faust.Worker):

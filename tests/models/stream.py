@@ -15,9 +15,10 @@ from schemas.events import Reference, WaitingEntry
 from schemas.keys import HmacKey
 from schemas.tenancy import Account, Authority, Facility, Tenancy
 from schemas.wire import Decoder, Encoder, load_schema
-from streams.decide import Codecs, MoneyDecider
+from streams.decide import MoneyDecider
+from streams.decision import Codecs
+from streams.feeder import Feeder
 from streams.normalise import Normaliser
-from streams.transport import Feeder
 from telemetry.metrics import Metrics
 from tests.models.kafka import Death, Kafka
 from topics.cluster import KafkaSettings
@@ -211,8 +212,8 @@ class Story:
         self.workers = []
         self.refused = set()
         self.kafka.refuses = self._refuses
-        monkeypatch.setattr("streams.transport.IDLE_SECONDS", 0.01)
-        monkeypatch.setattr("streams.transport.random.uniform", lambda *_: 0.0)
+        monkeypatch.setattr("streams.feeder.IDLE_SECONDS", 0.01)
+        monkeypatch.setattr("streams.feeder.random.uniform", lambda *_: 0.0)
         for body in raw:
             self.send(body)
 

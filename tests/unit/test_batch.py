@@ -7,8 +7,8 @@ import pytest
 
 from schemas.events import Fate
 from schemas.failure import FatalError, TemporaryError
-from streams.decide import Decision, Room
-from streams.transport import DeadLetterRefused, Feeder
+from streams.decision import Decision, Room
+from streams.feeder import DeadLetterRefused, Feeder
 from streams.waiting import Held, WaitingDraft, WaitingRoom
 from telemetry.metrics import Metrics
 from topics.cluster import KafkaSettings
@@ -77,7 +77,7 @@ def feeder(tmp_path, monkeypatch):
     )
     feeder.group = Group()
     feeder.rooms = {(topic, 0): Room(None) for topic in RAW}
-    monkeypatch.setattr("streams.transport.random.uniform", lambda *_: 0)
+    monkeypatch.setattr("streams.feeder.random.uniform", lambda *_: 0)
     return feeder
 
 
@@ -212,7 +212,7 @@ async def test_suspects_are_read_one_by_one_also_when_their_partition_came_durin
 
 
 async def test_a_slow_batch_is_followed_by_smaller_ones_and_only_full_quick_ones_by_larger(feeder, monkeypatch):
-    monkeypatch.setattr("streams.transport.time.perf_counter", lambda: now)
+    monkeypatch.setattr("streams.feeder.time.perf_counter", lambda: now)
     lengths = {"slow": 2.0, "middling": 0.7, "quick": 0.1}
     position = 0
     for kind, count in (("slow", 100), ("slow", 20), ("middling", 10), ("quick", 9), ("quick", 10), ("quick", 20)):
@@ -244,7 +244,7 @@ async def test_a_refused_dead_letter_stops_the_worker(feeder):
 
 async def test_a_batch_given_back_pauses_says_so_and_comes_again(feeder, monkeypatch):
     steady = [100.0]
-    monkeypatch.setattr("streams.transport.time.monotonic", lambda: steady.append(steady[-1] + 0.05) or steady[-1])
+    monkeypatch.setattr("streams.feeder.time.monotonic", lambda: steady.append(steady[-1] + 0.05) or steady[-1])
     feeder.group.polls = [[record(0), record(0, "raw.hl7")]]
     batch = await feeder.next_batch()
     assert feeder.is_ready() == (True, {})
@@ -264,7 +264,7 @@ async def test_a_batch_given_back_pauses_says_so_and_comes_again(feeder, monkeyp
 
 async def test_a_record_polled_while_paused_is_not_lost(feeder, monkeypatch):
     steady = [100.0]
-    monkeypatch.setattr("streams.transport.time.monotonic", lambda: steady.append(steady[-1] + 0.05) or steady[-1])
+    monkeypatch.setattr("streams.feeder.time.monotonic", lambda: steady.append(steady[-1] + 0.05) or steady[-1])
     feeder.group.polls = [[record(0)], [], [record(1)]]
     batch = await feeder.next_batch()
     await batch.hold(TemporaryError("down.", place="here"))

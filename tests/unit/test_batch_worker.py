@@ -10,8 +10,9 @@ import pytest
 
 from schemas.failure import FatalError, TemporaryError
 from streams.app import Worker
-from streams.decide import Decision, Room
-from streams.transport import Feeder, WorkerStuck
+from streams.decision import Decision, Room
+from streams.feeder import Feeder
+from streams.transport import WorkerStuck
 from telemetry.metrics import Metrics
 from topics.cluster import KafkaSettings
 from topics.group import Polled
@@ -89,7 +90,7 @@ class Decider:
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    monkeypatch.setattr("streams.transport.IDLE_SECONDS", 0.001)
+    monkeypatch.setattr("streams.feeder.IDLE_SECONDS", 0.001)
 
     def build(*answers, polls=3):
         feeder = Feeder(

@@ -18,7 +18,8 @@ from schemas.keys import HmacKey
 from schemas.tenancy import Account, Authority, Facility, Tenancy
 from schemas.wire import Decoder, Encoder, load_schema
 from streams import decide
-from streams.decide import Codecs, MoneyDecider, Room
+from streams.decide import MoneyDecider
+from streams.decision import Codecs, Room
 from streams.normalise import Normaliser
 from streams.state import LINEAGE, SEEN, WAITING, PartitionState, SeenEntry
 from topics.headers import RawRecord, find_header
@@ -653,7 +654,7 @@ def apply_before_commit(monkeypatch):
 
 
 def dead_letter_writes_its_key(monkeypatch):
-    dead_letter = decide._Writer.dead_letter
+    dead_letter = decide.Writer.dead_letter
     lanes = []
     build = decide._Lane.__init__
 
@@ -668,7 +669,7 @@ def dead_letter_writes_its_key(monkeypatch):
         dead_letter(writer, record, failure, stage)
 
     monkeypatch.setattr(decide._Lane, "__init__", remember)
-    monkeypatch.setattr(decide._Writer, "dead_letter", write)
+    monkeypatch.setattr(decide.Writer, "dead_letter", write)
 
 
 def waiting_writes_no_key(monkeypatch):
