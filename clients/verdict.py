@@ -43,6 +43,16 @@ STATUSES: Mapping[int, FailureKind] = MappingProxyType(
 )
 """Statuses with a meaning of their own."""
 
+
+def speaks_of_record(status: int) -> bool:
+    """Whether the body of an answer with this status may tell what became of the record.
+
+    True for 2xx, and for a 4xx without a meaning of its own. All others say more than their bodies: the error that a
+    408, a redirect or a 5xx carries is no proof that nothing was applied.
+    """
+    return status // 100 in (2, 4) and status not in STATUSES
+
+
 FAMILIES: Mapping[int, FailureKind | None] = MappingProxyType(
     {
         2: None,

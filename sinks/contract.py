@@ -26,7 +26,7 @@ from clients.auth import (
 )
 from clients.http import HttpRequest, HttpResponse
 from clients.limits import Rate
-from clients.verdict import Verdict
+from clients.verdict import Verdict, speaks_of_record
 from schemas.events import MoneyEvent, Reference
 from schemas.failure import FailureKind
 from schemas.tenancy import Facility, Name
@@ -54,6 +54,7 @@ __all__ = [
     "Verdict",
     "make_recipe",
     "read_grant",
+    "speaks_of_record",
     "use_api_key",
     "use_basic",
     "use_bearer",

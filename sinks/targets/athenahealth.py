@@ -57,8 +57,6 @@ _OTHERS: Final = frozenset({Kind.REFUND, Kind.REFUND_REVERSAL, Kind.CHARGEBACK, 
 _ID = re.compile(r"[0-9]{1,20}\Z")
 _LAST4 = re.compile(r"[0-9]{4}\Z")
 _CURRENCY: Final = "USD"
-_STATUSES: Final = frozenset({401, 403, 429})
-"""Statuses that say enough by themselves."""
 _TOKEN_PATH: Final = "/oauth2/v1/token"  # noqa: S105 - an address
 _TRUTHS: Final = {True: True, False: False, "true": True, "false": False}
 
@@ -167,7 +165,7 @@ def freeze(event: MoneyEvent, context: PostingContext, settings: AthenaSettings)
 
 def examine(response: HttpResponse, _request: Request, _settings: AthenaSettings) -> Verdict | None:
     """Done only with ``success`` true; false at status 200 is a refusal."""
-    if response.status // 100 != 2 or response.status in _STATUSES:
+    if response.status // 100 != 2:
         return None
     body = msgspec.json.decode(response.body)
     # Some answers are lists of one.

@@ -66,8 +66,6 @@ _OTHERS: Final = frozenset({Kind.REFUND_REVERSAL, Kind.CHARGEBACK, Kind.CHARGEBA
 _DECLINED: Final = frozenset({"declined", "failed"})
 _SESSION: Final = ("Unexpected response window", "Object reference not set")
 _DATES: Final = {"iso": "%Y-%m-%d", "us": "%m/%d/%Y"}
-_STATUSES: Final = frozenset({401, 403, 429})
-"""Statuses that say enough by themselves."""
 _TOKEN_PATH: Final = "/api/security/token/v2"  # noqa: S105 - an address
 
 
@@ -254,7 +252,7 @@ def freeze(event: MoneyEvent, context: PostingContext, settings: EpicorSettings)
 
 def examine(response: HttpResponse, request: Request, settings: EpicorSettings) -> Verdict | None:
     """Done only when one transaction succeeded, none failed, and the document has a number."""
-    if response.status // 100 != 2 or response.status in _STATUSES:
+    if response.status // 100 != 2:
         return None
     body = msgspec.json.decode(response.body)
     summary = body["Summary"]

@@ -43,6 +43,7 @@ from sinks.contract import (
     Target,
     TargetClass,
     Verdict,
+    speaks_of_record,
 )
 from sinks.references import derive
 from sinks.transport import RefreshTokenSettings, use_refresh_token
@@ -181,8 +182,8 @@ def freeze(event: MoneyEvent, context: PostingContext, settings: QuickBooksSetti
 
 
 def examine(response: HttpResponse, request: Request, _settings: QuickBooksSettings) -> Verdict | None:
-    """A Fault by its code, whatever the status below 500; done only with the posted document's Id."""
-    if response.status >= 500 or response.status in _HTTP_STATUSES:
+    """A Fault by its code, where the status leaves it open; done only with the posted document's Id."""
+    if not speaks_of_record(response.status):
         return None
     body = msgspec.json.decode(response.body)
     good = response.status // 100 == 2
@@ -195,10 +196,6 @@ def examine(response: HttpResponse, request: Request, _settings: QuickBooksSetti
     if not isinstance(document_id, str) or not document_id:
         return Verdict(FailureKind.AMBIGUOUS, "ANSWER_WITHOUT_ID")
     return Verdict(None, f"HTTP_{response.status}", reference=document_id)
-
-
-_HTTP_STATUSES: Final = frozenset({401, 403, 429})
-"""Statuses that say enough by themselves."""
 
 
 def _read_fault(fault: Any, *, good: bool) -> Verdict:

@@ -48,6 +48,7 @@ from sinks.contract import (
     TargetClass,
     Unclear,
     Verdict,
+    speaks_of_record,
 )
 from sinks.references import derive
 from sinks.transport import BasicSettings, use_user
@@ -58,9 +59,6 @@ _SID = re.compile(r"(SM|MM)[0-9a-fA-F]{32}\Z")
 _LONGEST_TEXT: Final = 1600
 _PAGE: Final = 200
 _FAILED: Final = frozenset({"failed", "undelivered", "canceled"})
-_STATUSES: Final = frozenset({401, 403, 429})
-"""Statuses that say enough by themselves."""
-_TIMEOUT: Final = 408
 _CODES: Final = {20003: FailureKind.AUTH, 20429: FailureKind.RATE_LIMITED}
 
 
@@ -155,7 +153,7 @@ def freeze(event: MoneyEvent, _context: PostingContext, settings: TwilioSettings
 
 def examine(response: HttpResponse, _request: Request, _settings: TwilioSettings) -> Verdict | None:
     """Done only with a message's SID; errors by their code where it can be read."""
-    if response.status >= 500 or response.status in _STATUSES:
+    if not speaks_of_record(response.status):
         return None
     body = msgspec.json.decode(response.body)
     if response.status // 100 == 2:
@@ -166,8 +164,6 @@ def examine(response: HttpResponse, _request: Request, _settings: TwilioSettings
         return Verdict(None, f"HTTP_{response.status}", reference=body["sid"])
     code = body.get("code")
     if isinstance(code, bool) or not isinstance(code, int) or code <= 0:
-        return None
-    if response.status // 100 != 4 or response.status == _TIMEOUT:
         return None
     return Verdict(_CODES.get(code, FailureKind.REJECTED), f"TWILIO_{code}")
 

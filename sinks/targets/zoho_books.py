@@ -57,6 +57,7 @@ from sinks.contract import (
     Unclear,
     Verdict,
     make_recipe,
+    speaks_of_record,
 )
 from sinks.references import derive
 from sinks.transport import RefreshTokenSettings
@@ -83,8 +84,6 @@ _CODES: Final = {
     44: FailureKind.RATE_LIMITED,
     45: FailureKind.RATE_LIMITED,
 }
-_STATUSES: Final = frozenset({401, 403, 429})
-"""Statuses that say enough by themselves."""
 
 
 class ZohoSettings(RefreshTokenSettings):
@@ -217,7 +216,7 @@ def freeze(event: MoneyEvent, context: PostingContext, settings: ZohoSettings) -
 
 def examine(response: HttpResponse, request: Request, _settings: ZohoSettings) -> Verdict | None:
     """Done only with code 0 and the id of a posting with our reference."""
-    if response.status >= 500 or response.status in _STATUSES:
+    if not speaks_of_record(response.status):
         return None
     body = msgspec.json.decode(response.body)
     good = response.status // 100 == 2
@@ -244,7 +243,7 @@ def ask_payment(request: Request, _settings: ZohoSettings) -> Request | None:
 
 def read_payment(response: HttpResponse, request: Request, _settings: ZohoSettings) -> str | Verdict | None:
     """The address of that payment's refunds. A payment that is not there (yet) keeps the refund waiting."""
-    if response.status >= 500 or response.status in _STATUSES:
+    if not speaks_of_record(response.status):
         return None
     body = msgspec.json.decode(response.body)
     good = response.status // 100 == 2

@@ -256,6 +256,23 @@ def test_a_status_without_a_readable_body_means_what_the_table_says(name, status
 
 
 @pytest.mark.parametrize("name", OVER_HTTP)
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(301, "AMBIGUOUS"), (303, "AMBIGUOUS"), (307, "UNAVAILABLE"), (407, "AUTH"), (408, "AMBIGUOUS"),
+     (421, "UNAVAILABLE"), (425, "UNAVAILABLE"), (500, "AMBIGUOUS"), (503, "UNAVAILABLE")],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [b'{"Fault":{"Error":[{"code":"2020"}]}}', b'{"code":1002,"message":"x"}', b'{"code":21211,"status":400}',
+     b'{"Summary":{"Succeeded":0,"Failed":1,"Other":0},"Messages":["x"]}', b'{"success":false}'],
+)  # fmt: skip
+def test_a_vendors_error_is_no_refusal_where_the_status_says_otherwise(name, status, kind, body):
+    for case in (case.values[1] for case in read_cases("requests") if case.values[0] == name):
+        request, settings = freeze(name, case)
+        assert judge(name, body, request, settings, status=status).kind == kind
+
+
+@pytest.mark.parametrize("name", OVER_HTTP)
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize(
     ("headers", "seconds"),
