@@ -426,7 +426,7 @@ def _leave_out_reviewed(seen: list[SeenEntry], record: RawRecord, digest: bytes)
     """
     if not seen or not _is_reviewed(record):
         return seen
-    reviewed = record.headers[-1][1].decode("utf-8", "replace")
+    reviewed = find_header(record.headers, headers.REVIEWED_HOP)
     others = [entry for entry in seen if (entry.hop, entry.digest) != (reviewed, digest)]
     return others if len(others) < len(seen) else seen
 

@@ -79,11 +79,11 @@ class RawRecord(msgspec.Struct, gc=False):
         return find_header(self.headers, ORIGIN) or self.hop
 
 
-def find_header(headers: Sequence[tuple[str, bytes]] | None, name: str) -> str | None:
-    """Text of the last header of that name, or None."""
+def find_header(headers: Sequence[tuple[str, bytes | None]] | None, name: str) -> str | None:
+    """Text of the last header of that name, or None; a header that Kafka holds without a value is empty text."""
     for key, value in reversed(headers or ()):
         if key == name:
-            return value.decode("utf-8", "replace")
+            return "" if value is None else value.decode("utf-8", "replace")
     return None
 
 

@@ -506,6 +506,20 @@ async def test_a_mapping_that_no_longer_takes_a_waiting_record_is_a_dead_letter(
     assert world.waiting == {}
 
 
+@pytest.mark.parametrize("name", ["origin", "facility", "source", "x", "reviewed_hop", "named_patient"])
+@pytest.mark.parametrize("copies", [1, 2])
+async def test_a_header_without_a_value_ends_nothing(world, name, copies):
+    """Kafka knows such headers; whatever becomes of the record, it has one fate and its process goes on."""
+    world.identities.learn("M-1")
+    records = world.take(*[capture(1)] * copies)
+    for record in records:
+        record.headers = [*((key, value) for key, value in record.headers if key != name), (name, None)]
+    if name == "named_patient":
+        records[-1].headers.append(("reviewed_hop", None))
+    world.commit(await world.decide(records))
+    assert sorted(hop for hop, _ in world.list_fates()) == [record.hop for record in records]
+
+
 async def test_an_unexpected_exception_is_that_records_dead_letter(world, monkeypatch):
     def explode(_record):
         raise ZeroDivisionError("text that might hold payload")
