@@ -14,7 +14,7 @@ from schemas.events import Fate, MoneyEvent, Reference, WaitingEntry
 from schemas.failure import Failure, FailureKind, OperatorError
 from streams.decision import Clock, Codecs, Decision, Printer, Room, Writer, as_failure, guard
 from streams.normalise import Ignored, Normalised, Normaliser
-from streams.state import Draft, Lineage, SeenEntry
+from streams.state import Draft, Lineage, PartitionState, SeenEntry
 from streams.waiting import BEHIND_ENTITY, PARENT_UNKNOWN, PATIENT_UNKNOWN, Held, WaitingDraft
 from topics import headers
 from topics.headers import RawRecord, find_header
@@ -101,9 +101,12 @@ class MoneyDecider:
         decision.drafts = list(drafts.values())
         return decision
 
-    def read_waiting_entry(self, value: bytes) -> WaitingEntry:
-        """A record on hold, as stored."""
-        entry: WaitingEntry = self._codecs.waiting_reader.decode(value)
+    def read_waiting_entry(self, state: PartitionState, value: bytes) -> WaitingEntry:
+        """A record on hold, as stored. Raises ``StateUnusable``, and removes the store, when it cannot be read."""
+        try:
+            entry: WaitingEntry = self._codecs.waiting_reader.decode(value)
+        except Failure as failure:
+            raise state.discard(f"an entry of `waiting` is not readable, {failure.code}") from None
         return entry
 
     def encode_waiting_entry(self, entry: WaitingEntry) -> bytes:
@@ -114,7 +117,7 @@ class MoneyDecider:
     def rebuild(self, room: Room) -> None:
         """Fill the waiting room's index from the store."""
         for _, value in room.state.scan("waiting"):
-            entry = self.read_waiting_entry(value)
+            entry = self.read_waiting_entry(room.state, value)
             room.waiting.hold(Held(entry.hop, entry.entity, entry.reason, entry.awaited, entry.since))
 
     def hash_reference(self, reference: Reference) -> str:
@@ -357,7 +360,7 @@ class _Lane:
         value = self._draft.read_waiting(held.hop)
         if lineage is None or value is None:
             return False
-        return self._decider.read_waiting_entry(value).event_id == lineage.event_id
+        return self._decider.read_waiting_entry(self._draft.state, value).event_id == lineage.event_id
 
     def _release(self, held: Held, *, expired: bool = False) -> bool:
         """Decide a record on hold again; True when its hold ended (with an event, a review or a dead letter)."""
@@ -365,7 +368,7 @@ class _Lane:
         value = self._draft.read_waiting(held.hop)
         if value is None:
             return True
-        entry = self._decider.read_waiting_entry(value)
+        entry = self._decider.read_waiting_entry(self._draft.state, value)
         record, mapped = self._decider.remap(entry, self._refused)
         if isinstance(mapped, Ignored):
             # The mapping changed and no longer takes it for money: that is a fault of the mapping, not of the record.

@@ -21,7 +21,7 @@ from streams import decide
 from streams.decide import MoneyDecider
 from streams.decision import Codecs, Room
 from streams.normalise import Normaliser
-from streams.state import LINEAGE, SEEN, WAITING, PartitionState, SeenEntry
+from streams.state import LINEAGE, SEEN, WAITING, PartitionState, SeenEntry, StateUnusable
 from topics.headers import RawRecord, find_header
 from topics.transaction import Output
 
@@ -371,6 +371,19 @@ async def test_the_waiting_room_survives_a_restart(world):
     world.identities.learn("M-a")
     await world.run()
     assert [kind for kind, *_ in world.payments] == ["capture", "refund"]
+
+
+@pytest.mark.parametrize("when", ["start", "release"])
+async def test_a_waiting_entry_that_cannot_be_read_ends_the_process_and_its_store(world, when):
+    """No record is to blame for a damaged store, and none is decided from it; the changelog has the entry whole."""
+    await world.run(capture(1))
+    entries = {SEEN: [], WAITING: [(b"T:0:0", b"rot")]}
+    world.state._put(entries, world.state._applied)
+    world.identities.learn("M-1")
+    with pytest.raises(StateUnusable) as error:
+        world.restart() if when == "start" else await world.run(capture(2))
+    assert "next start rebuilds" in error.value.remedy
+    assert not world.state.path.exists()
 
 
 async def test_a_refund_before_its_capture_is_released_in_the_captures_batch_after_it(world):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from types import SimpleNamespace
 
 import lmdb
 import pytest
@@ -211,6 +212,18 @@ def test_a_store_that_was_not_current_for_days_is_rebuilt(open_state, log, monke
     assert ("seen.stripe", 0) in log.asked
 
 
+@pytest.mark.parametrize(("ahead", "start"), [(3600 - 10, 1), (3600 + 10, 0)])
+def test_a_store_touched_under_a_clock_that_was_ahead_is_rebuilt(open_state, log, monkeypatch, ahead, start):
+    """Its real age is unknown: a tombstone may be compacted away that it never saw."""
+    now = time.time()
+    monkeypatch.setattr(module.time, "time", lambda: now + ahead)
+    write_keys(log, open_state(), "a")
+    monkeypatch.setattr(module.time, "time", lambda: now)
+    log.asked.clear()
+    assert list_keys(open_state()) == ["a"]
+    assert ("seen.stripe", start) in log.asked
+
+
 def test_opening_without_catching_up_does_not_make_a_store_current(open_state, log, monkeypatch):
     write_keys(log, open_state(), "a")
     now = time.time()
@@ -260,6 +273,41 @@ def test_a_file_of_something_else_is_rebuilt(open_state, log):
     state.close()
     (state.path / "data.mdb").write_bytes(b"not a store" * 5000)
     assert list_keys(open_state()) == ["a"]
+
+
+@pytest.mark.parametrize("store", [SEEN, LINEAGE])
+def test_an_entry_that_cannot_be_read_ends_the_process_and_the_next_one_has_a_new_store(open_state, log, store):
+    """Were it an error like any other, the record that asked for the entry would be blamed, and the file stay."""
+    state = open_state()
+    draft = Draft(state)
+    draft.write_seen("k", [ENTRY])
+    draft.write_lineage("k", Lineage("event"))
+    log.commit(draft)
+    with state._environment.begin(write=True) as transaction:
+        transaction.put(b"k", b"\xc1", db=state._databases[store])
+    with pytest.raises(StateUnusable) as error:
+        Draft(state).read_seen("k") if store == SEEN else Draft(state).read_lineage("k")
+    assert "next start rebuilds" in error.value.remedy
+    renewed = Draft(open_state())
+    assert renewed.read_seen("k") == [ENTRY]
+    assert renewed.read_lineage("k") == Lineage("event")
+
+
+@pytest.mark.parametrize("use", [lambda s: s.read(SEEN, b"k"), lambda s: list(s.scan(SEEN)), lambda s: s.apply({})])
+def test_pages_that_cannot_be_read_end_the_process_and_the_next_one_has_a_new_store(open_state, log, use):
+    write_keys(log, open_state(), "a")
+    state = open_state()
+    environment = state._environment
+
+    def begin(**_):
+        raise lmdb.CorruptedError("a page")
+
+    state._environment = SimpleNamespace(begin=begin, close=environment.close)
+    with pytest.raises(StateUnusable, match="CorruptedError"):
+        use(state)
+    log.asked.clear()
+    assert list_keys(open_state()) == ["a"]
+    assert ("seen.stripe", 0) in log.asked
 
 
 def test_a_store_that_cannot_be_written_says_so_with_its_place(open_state, tmp_path):
