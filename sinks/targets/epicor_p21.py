@@ -171,6 +171,14 @@ class EpicorSettings(HttpSettings):
                 raise ValueError(f"{name}.fields must name `amount`")
             if strange := set(screen.fields) - known - _OWN:
                 raise ValueError(f"{name}.fields: nothing fills {', '.join(sorted(strange))}")
+        places: dict[tuple[str, str], tuple[str, ...]] = {}
+        for screen in filter(None, (self.receipt, self.credit, self.declined)):
+            place = (screen.table, screen.reference_column, screen.number_column, screen.number_field)
+            # A document is looked up by the service and element it was entered in.
+            if places.setdefault((screen.service, screen.element), place) != place:
+                raise ValueError(
+                    f"{screen.service} {screen.element}: one place of entry has one table, with its columns and number"
+                )
         conditions = [(rule.kind, rule.category) for rule in self.gl_accounts]
         if len(set(conditions)) != len(conditions):
             raise ValueError("gl_accounts: two rules have the same conditions")
