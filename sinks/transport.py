@@ -274,6 +274,9 @@ class HttpTransport:
             except Failure as failure:
                 if failure.kind is FailureKind.AMBIGUOUS:
                     raise Failure(FailureKind.UNAVAILABLE, failure.code) from None
+                if failure.kind not in _ABOUT_TARGET:
+                    # Nobody can be asked so (the host is no longer that of the settings): in the end a person looks.
+                    return Unclear(failure.code)
                 raise
             read = read_finding(self._head, response, page, request, self._settings, now=time.time())
             if not isinstance(read, NextPage):

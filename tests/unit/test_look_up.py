@@ -186,10 +186,17 @@ async def test_a_next_page_elsewhere_is_not_followed():
     async with Server((200, {})) as server:
         look_up = LookUp(ask=build_look_up(server).ask, read=read)
         transport = open_transport(build_target(server, look_up=look_up), build_settings(server))
-        with pytest.raises(Failure) as caught:
-            await find(transport)
+        assert await find(transport) == Unclear("HOST_UNDECLARED")
         await transport.close()
-    assert caught.value.code == "HOST_UNDECLARED"
+
+
+async def test_a_request_frozen_for_another_host_is_a_question_for_a_person_not_asked_for_ever():
+    def ask(*_):
+        return Request(b"", "", "", "GET", "https://of-the-old-settings.example/list")
+
+    async with opened(look_up=LookUp(ask=ask, read=lambda *_: Absent())) as (server, transport):
+        assert await find(transport) == Unclear("HOST_UNDECLARED")
+    assert server.seen == []
 
 
 async def test_a_connector_that_raises_while_asking_decides_nothing():
