@@ -117,6 +117,8 @@ def freeze(event: MoneyEvent, _context: PostingContext, settings: TwilioSettings
     """The message. Key and reference are functions of the event and the account."""
     if event.kind != Kind.CAPTURE:
         raise Failure(FailureKind.UNMAPPED, "KIND_WITHOUT_RECEIPT", "kind")
+    if event.money.minor <= 0:
+        raise Failure(FailureKind.INVALID, "AMOUNT_NOT_POSITIVE", "money.minor")
     number = event.attributes.get(settings.phone_attribute)
     if not number:
         raise Failure(FailureKind.UNMAPPED, "PHONE_MISSING", settings.phone_attribute)

@@ -151,6 +151,15 @@ def test_the_key_is_a_function_of_event_and_instance_alone(name, case):
     assert freeze(name, case)[0] == request
 
 
+@pytest.mark.parametrize("minor", [0, -1, -1250])
+@pytest.mark.parametrize(("name", "case"), read_cases("requests"))
+def test_an_amount_that_is_no_amount_is_not_posted(name, case, minor):
+    event = {**case["event"], "money": {**case["event"]["money"], "minor": minor}}
+    with pytest.raises(Failure) as caught:
+        freeze(name, {**case, "event": event})
+    assert (caught.value.kind, caught.value.code) == (FailureKind.INVALID, "AMOUNT_NOT_POSITIVE")
+
+
 @pytest.mark.parametrize(("name", "case"), read_cases("answers"))
 def test_the_answer_means_what_it_must(name, case):
     settings = build_settings(name, case["settings"])
