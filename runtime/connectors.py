@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from clients.hosts import parse_origin
 from sinks import catalog as target_catalog
 from sinks.contract import Target, TargetSettings
+from sinks.transport import RefreshTokenSettings
 from sources import catalog as gateway_catalog
 from sources.contract import Gateway
 
@@ -23,9 +24,23 @@ class UnknownTarget(TargetSettings):
     model_config = ConfigDict(extra="allow")
 
 
-def list_gateways() -> dict[str, Gateway]:
-    """All payment gateways by name."""
-    return gateway_catalog.discover()
+@dataclass(frozen=True, slots=True)
+class Gateways:
+    """Payment gateways: ours, and those of the user's folder when there is one."""
+
+    folder: Path | None = None
+
+    def list_all(self) -> dict[str, Gateway]:
+        """All of them by name. Raises ``ConnectorBroken``."""
+        return gateway_catalog.discover(self.folder)
+
+    def list_own(self) -> frozenset[str]:
+        """Names of those in the user's folder."""
+        return frozenset(self.list_all()) - frozenset(gateway_catalog.discover())
+
+    def find_mappings(self, name: str) -> Path | None:
+        """Folder of a gateway's mapping: the user's for a gateway of theirs, None for one of ours."""
+        return self.folder if name in self.list_own() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +56,12 @@ class Targets:
     def list_own(self) -> frozenset[str]:
         """Names of those in the user's folder."""
         return frozenset(self.list_all()) - frozenset(target_catalog.discover())
+
+    def list_renewing(self) -> frozenset[str]:
+        """Names of those whose instances keep a refresh token: `secrets.vault_key` seals it."""
+        return frozenset(
+            name for name, target in self.list_all().items() if issubclass(target.settings, RefreshTokenSettings)
+        )
 
     def find_model(self, entry: Any) -> type[BaseModel]:
         """Settings model of the connector that one ``[[targets]]`` table names."""

@@ -24,6 +24,8 @@ class Known:
 
     gateways: frozenset[str]
     connectors: frozenset[str]
+    renewing: frozenset[str] = frozenset()
+    """Target connectors that keep a refresh token."""
 
 
 def run_checks(merged: Merged, known: Known) -> list[Issue]:
@@ -32,6 +34,7 @@ def run_checks(merged: Merged, known: Known) -> list[Issue]:
         _check_unique_names,
         _check_feed_senders,
         _check_references,
+        _check_vault,
         _check_authorities,
         _check_aliases,
         _check_ports,
@@ -117,6 +120,26 @@ def _check_references(merged: Merged, known: Known) -> Iterator[Issue]:
         names = node.get("facilities")
         for position, name in enumerate(names if isinstance(names, list) else []):
             yield from _check_member(merged, ("targets", at, "facilities", position), name, facilities, "facility")
+
+
+def _check_vault(merged: Merged, known: Known) -> Iterator[Issue]:
+    """A deliverer with a refresh token and nothing to seal it with would not start."""
+    secrets = merged.tree.get("secrets")
+    if isinstance(secrets, dict) and secrets.get("vault_key") is not None:
+        return
+    users = [
+        merged.spell(("targets", at))
+        for at, node in _list(merged.tree, "targets")
+        if node.get("connector") in known.renewing
+    ]
+    if users:
+        yield _issue(
+            merged,
+            ("secrets", "vault_key"),
+            f"missing: it seals the refresh tokens of {', '.join(users)}.",
+            accepted="a reference to a secret of at least 32 characters",
+            remedy='Make one with `openssl rand -hex 32`, keep it, and set `vault_key = "env:NAME"` or `"file:/path"`.',
+        )
 
 
 def _check_member(merged: Merged, key: Key, given: Any, accepted: Iterable[str], what: str) -> Iterator[Issue]:

@@ -32,6 +32,11 @@ class ConnectorSettings(Strict):
         description="Folder with target connectors (see docs/adding-a-target.md). Its Python files run with the rights "
         "of the service: nobody else may write there.",
     )
+    gateways: Path | None = Field(
+        default=None,
+        description="Folder with gateway connectors, their mappings beside them (see docs/adding-a-gateway.md). What "
+        "holds for `targets` holds for it.",
+    )
 
 
 class CertificateSettings(Strict):

@@ -25,7 +25,7 @@ from pydantic_settings import SettingsError as UnreadableVariableError
 from identity.projection import RedisSettings
 from runtime import secret_references
 from runtime.configuration import Issue, Key, MissingFileError, SettingsError, read_document, show_path
-from runtime.connectors import Targets, list_gateways
+from runtime.connectors import Gateways, Targets
 from runtime.cross_checks import Known, is_file_key, run_checks
 from runtime.embedded_mode import ADDRESSES, decide_embedded
 from runtime.layers import (
@@ -189,11 +189,7 @@ def read_settings(path: Path | None = None, overrides: Iterable[tuple[str, str]]
     issues += model_issues
     issues += _check_services(merged, embedded=embedded)
     told = {issue.key for issue in issues}
-    issues += [
-        issue
-        for issue in run_checks(merged, Known(frozenset(list_gateways()), frozenset(_find_targets(merged).list_all())))
-        if issue.key not in told
-    ]
+    issues += [issue for issue in run_checks(merged, _list_known(merged)) if issue.key not in told]
     if issues or settings is None:
         raise SettingsError(_order(issues), place=show_path(file) if file else "environment")
     settings._reading = Reading(file, chosen, merged, references, embedded)  # noqa: SLF001 - we build it
@@ -220,12 +216,26 @@ def ensure_secrets(path: Path | None = None, overrides: Iterable[tuple[str, str]
 
 def _find_targets(merged: Merged) -> Targets:
     """The target connectors of this deployment: which settings a target has depends on them."""
+    return Targets(_find_folder(merged, "targets"))
+
+
+def _find_folder(merged: Merged, kind: str) -> Path | None:
+    """The user's folder of connectors of a kind."""
     section = merged.tree.get("connectors")
-    given = section.get("targets") if isinstance(section, dict) else None
+    given = section.get(kind) if isinstance(section, dict) else None
     if not isinstance(given, str) or not given:
-        return Targets()
-    origin = merged.find_origin(("connectors", "targets"))
-    return Targets(secret_references.join_path(origin.folder if origin is not None else Path.cwd(), given))
+        return None
+    origin = merged.find_origin(("connectors", kind))
+    return secret_references.join_path(origin.folder if origin is not None else Path.cwd(), given)
+
+
+def _list_known(merged: Merged) -> Known:
+    targets = _find_targets(merged)
+    return Known(
+        gateways=frozenset(Gateways(_find_folder(merged, "gateways")).list_all()),
+        connectors=frozenset(targets.list_all()),
+        renewing=targets.list_renewing(),
+    )
 
 
 def _find_file(path: Path | None) -> Path | None:
@@ -344,10 +354,10 @@ def _resolve_secrets(merged: Merged, *, embedded: bool) -> tuple[dict[Key, str],
             issues.append(issue)
         else:
             references[key] = given
-        if key == ("secrets", "hmac_key") and secret is not None and len(secret.get_secret_value()) < _MINIMUM_KEY:
+        if key[0] == "secrets" and secret is not None and len(secret.get_secret_value()) < _MINIMUM_KEY:
             issues.append(
                 Issue(
-                    key="secrets.hmac_key",
+                    key=merged.spell(key),
                     place=merged.say_place(key),
                     problem="too short.",
                     accepted=f"at least {_MINIMUM_KEY} characters",

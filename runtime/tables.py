@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from runtime.connectors import list_gateways, list_hosts, list_targets
+from runtime.connectors import Gateways, list_hosts, list_targets
 from runtime.installation import PACKAGES
 from runtime.markdown import NOTICE, join_parts, write_table
 from runtime.settings_reference import render_configuration
@@ -178,7 +178,7 @@ def render_errors(errors: Iterable[type[OperatorError]]) -> str:
 
 def render_topics() -> str:
     """The topic catalog with every gateway of this installation and one example target."""
-    sources = [*list_gateways(), HL7]
+    sources = [*Gateways().list_all(), HL7]
     rows = [
         (
             f"`{topic.name}`",
@@ -224,7 +224,7 @@ def render_connectors() -> str:
             str(gateway.max_body_bytes),
             gateway.documentation,
         )
-        for gateway in list_gateways().values()
+        for gateway in Gateways().list_all().values()
     ]
     targets = list_targets().values()
     rows = [

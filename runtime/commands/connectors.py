@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runtime.connectors import Targets, list_gateways, list_hosts
+from runtime.connectors import Gateways, Targets, list_hosts
 
 if TYPE_CHECKING:
     from runtime.settings import Settings
@@ -12,16 +12,20 @@ if TYPE_CHECKING:
 
 def list_connectors(settings: Settings) -> dict[str, Any]:
     """Gateways and targets of this deployment by name, those of the user's folder marked, with the hosts they call."""
-    targets = Targets(settings.connectors.targets)
-    own = targets.list_own()
+    gateways, targets = Gateways(settings.connectors.gateways), Targets(settings.connectors.targets)
+    own_gateways, own = gateways.list_own(), targets.list_own()
     found = targets.list_all()
     hosts: dict[str, set[str]] = {name: set() for name in found}
     for called in list_hosts(found.values()):
         hosts[called.connector].update(called.origins)
     return {
         "gateways": {
-            name: {"gateway": gateway.display_name, "status": gateway.status.value}
-            for name, gateway in list_gateways().items()
+            name: {
+                "gateway": gateway.display_name,
+                "status": gateway.status.value,
+                "from": str(settings.connectors.gateways) if name in own_gateways else "remitstream",
+            }
+            for name, gateway in gateways.list_all().items()
         },
         "targets": {
             name: {

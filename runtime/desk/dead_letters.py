@@ -262,7 +262,7 @@ def _build_raw_version(office_: Office, letter: Letter, edited: bytes) -> Versio
         if is_hl7:
             hl7.parse(edited)
         else:
-            gateway = gateways.load(source)
+            gateway = gateways.load(source, office_.settings.connectors.gateways)
             sensitive = gateway.sensitive_members
             events = gateway.split(edited)
             if len(events) != 1:

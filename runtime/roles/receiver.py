@@ -34,7 +34,7 @@ def run(settings: Settings, *, redact: bool = True) -> int:
         limit = settings.receiver.max_body_bytes
         gateways = {
             name: replace(gateway, max_body_bytes=min(gateway.max_body_bytes, limit))
-            for name, gateway in catalog.discover().items()
+            for name, gateway in catalog.discover(settings.connectors.gateways).items()
         }
         app = build_app(gateways=gateways, accounts=settings.accounts, intake=intake, count=METRICS.count)
         tls = settings.receiver.tls

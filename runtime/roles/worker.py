@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import faust
 
 from identity.projection import Identities
+from runtime.connectors import Gateways
 from runtime.roles import process
 from schemas.events import WaitingEntry
 from schemas.keys import HmacKey
@@ -89,6 +90,7 @@ def build_deciders(
     def encode(topic: str, schema: str) -> Encoder:
         return Encoder(schema, ids[f"{topic}-value"])
 
+    gateways = Gateways(settings.connectors.gateways)
     deciders: dict[str, Decider] = {}
     for source in settings.sources:
         codecs = Codecs(
@@ -103,7 +105,7 @@ def build_deciders(
             deciders[source] = AdmissionDecider(settings.tenancy, hmac_key=key, codecs=codecs)
         else:
             deciders[source] = MoneyDecider(
-                Normaliser.load(source, settings.tenancy),
+                Normaliser.load(source, settings.tenancy, gateways.find_mappings(source)),
                 identities=identities,
                 hmac_key=key,
                 codecs=codecs,

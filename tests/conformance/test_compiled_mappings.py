@@ -11,7 +11,6 @@ import json
 import random
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
@@ -30,14 +29,13 @@ from sandbox.stripe_objects import (
 )
 from schemas.failure import Failure
 from schemas.mapping import Expression
-from schemas.tenancy import Tenancy
-from streams.normalise import MAPPINGS, Ignored, Normaliser
+from streams.normalise import Ignored
 from streams.shortcut import Shortcut
+from tests.conformance.gateway_files import MAPPING_FILES, find_fixtures
+from tests.conformance.gateway_files import load_normaliser as load
 from topics.headers import RawRecord
 
-ROOT = Path(__file__).parents[2]
-FIXTURES = ROOT / "tests" / "fixtures" / "gateways"
-SOURCES = sorted(path.stem for path in MAPPINGS.glob("*.yaml"))
+SOURCES = sorted(MAPPING_FILES)
 MUTANTS = 8000
 
 each = pytest.mark.parametrize("source", SOURCES)
@@ -52,19 +50,11 @@ ODD = [
 ]  # fmt: skip
 
 
-def load(source):
-    tenancy = json.loads((FIXTURES / source / "normalise" / "tenancy.json").read_text("utf-8"))
-    for facility in tenancy["facilities"]:
-        if "mapping_overlay" in facility:
-            facility["mapping_overlay"] = str(ROOT / facility["mapping_overlay"])
-    return Normaliser.load(source, Tenancy.model_validate(tenancy))
-
-
 def list_bodies(source):
     """Bodies to start from, the members that mappings read in the first accounts included."""
-    folder = FIXTURES / source / "normalise"
+    folder = find_fixtures(source) / "normalise"
     found = [path.read_bytes() for path in sorted(folder.glob("*.raw.json"))]
-    declared = yaml.safe_load((MAPPINGS / f"{source}.yaml").read_text("utf-8"))
+    declared = yaml.safe_load(MAPPING_FILES[source].read_text("utf-8"))
     found += [json.dumps(example["given"]).encode() for example in declared["examples"]]
     return found + (list_sandbox_bodies() if source == "stripe" else [])
 
@@ -131,7 +121,7 @@ class Mutator:
 
     def __init__(self, source, seed):
         self.random = random.Random(seed)
-        text = (MAPPINGS / f"{source}.yaml").read_text("utf-8")
+        text = MAPPING_FILES[source].read_text("utf-8")
         self.names = set(re.findall(r"\w+", text)) | {"mrn", "visit", "guarantor_account", "invoice", "claim"}
 
     def mutate(self, record):

@@ -1,6 +1,7 @@
 """What every gateway connector must do: parametrised by the connectors and fixtures found, so a new one edits nothing.
 
-Fixtures of a gateway lie in ``tests/fixtures/gateways/<name>/source/``; docs/adding-a-gateway.md describes them.
+Fixtures of a gateway lie in ``tests/fixtures/gateways/<name>/source/`` (for a folder of one's own see
+``gateway_files``); docs/adding-a-gateway.md describes them.
 """
 
 from __future__ import annotations
@@ -19,24 +20,21 @@ from pydantic import SecretStr
 from schemas.card_data import redact
 from schemas.failure import Failure, FailureKind
 from schemas.keys import HmacKey
-from schemas.tenancy import Account, Tenancy
-from sources.catalog import discover
+from schemas.tenancy import Account
 from sources.contract import Refusal
 from sources.intake import Intake
 from sources.receiver import build_app
-from streams.normalise import Normaliser
+from tests.conformance.gateway_files import GATEWAYS, find_fixtures, load_normaliser
 from topics.headers import RawRecord
 
-FIXTURES = Path(__file__).parent.parent / "fixtures" / "gateways"
 SHARED = Path(os.environ.get("REMITSTREAM_SHARED", Path(__file__).parents[3] / "shared"))
-GATEWAYS = discover()
 TOLERANCE = 300
 WRONG_SECRET = b"not-the-secret-of-any-fixture"
 VERIFICATION_REFUSALS = set(Refusal)
 
 
 def read_json(name, file):
-    path = FIXTURES / name / "source" / file
+    path = find_fixtures(name) / "source" / file
     return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
@@ -48,7 +46,7 @@ def list_vectors(kind):
 
 def list_files(folder):
     for name in GATEWAYS:
-        for path in sorted((FIXTURES / name / "source" / folder).rglob("*")):
+        for path in sorted((find_fixtures(name) / "source" / folder).rglob("*")):
             if path.is_file():
                 yield pytest.param(name, path, id=f"{name}-{path.parent.name}-{path.name}")
 
@@ -116,11 +114,11 @@ class Edge:
 @each
 def test_gateway_has_fixtures_of_every_kind(name):
     signature = read_json(name, "signature.json")
-    assert signature is not None, f"write {FIXTURES / name / 'source' / 'signature.json'}"
+    assert signature is not None, f"write {find_fixtures(name) / 'source' / 'signature.json'}"
     assert signature["good"]
     assert signature["bad"]
-    assert list((FIXTURES / name / "source" / "roots").glob("*/*"))
-    assert list((FIXTURES / name / "source" / "refused").iterdir())
+    assert list((find_fixtures(name) / "source" / "roots").glob("*/*"))
+    assert list((find_fixtures(name) / "source" / "refused").iterdir())
     if signature["key_roll"]:
         assert [vector for vector in signature["good"] if vector.get("key_roll")]
     if GATEWAYS[name].sensitive_members:
@@ -312,7 +310,7 @@ def test_every_form_of_a_root_has_its_key(name, path):
 
 @each
 def test_some_root_has_several_forms(name):
-    forms = [len(list(folder.iterdir())) for folder in (FIXTURES / name / "source" / "roots").iterdir()]
+    forms = [len(list(folder.iterdir())) for folder in (find_fixtures(name) / "source" / "roots").iterdir()]
     assert max(forms) > 1
 
 
@@ -430,17 +428,14 @@ def is_object(body):
 def list_normalise_cases():
     """Bodies in which members can be planted."""
     for name in with_sensitive_members():
-        for path in sorted((FIXTURES / name / "normalise").glob("*.raw.json")):
+        for path in sorted((find_fixtures(name) / "normalise").glob("*.raw.json")):
             if is_object(path.read_bytes()):
                 yield pytest.param(name, path, id=f"{name}-{path.name}")
 
 
 def read_outcome(name, value, headers):
     """What the streams make of a stored body, as plain data."""
-    tenancy = json.loads((FIXTURES / name / "normalise" / "tenancy.json").read_text("utf-8"))
-    for facility in tenancy["facilities"]:
-        facility.pop("mapping_overlay", None)
-    normaliser = Normaliser.load(name, Tenancy.model_validate(tenancy))
+    normaliser = load_normaliser(name, overlays=False)
     record = RawRecord(hop="T:0:0", partition=0, offset=0, key=b"k", value=value, headers=headers, timestamp=1)
     try:
         return msgspec.to_builtins(normaliser.normalise(record))

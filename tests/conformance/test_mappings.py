@@ -1,13 +1,13 @@
 """What every mapping must do: parametrised by the mapping files and fixtures found, so a new gateway edits nothing.
 
 Fixtures lie in ``tests/fixtures/gateways/<source>/normalise/``: ``tenancy.json``, and per case ``<case>.raw.json`` (the
-body as stored) with ``<case>.expected.json`` (typed by hand). docs/mappings.md describes them.
+body as stored) with ``<case>.expected.json`` (typed by hand). docs/mappings.md describes them. For a folder of one's
+own see ``gateway_files``.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,17 +15,15 @@ import pytest
 from schemas.failure import Failure
 from schemas.mapping import check_files, load_source
 from schemas.money import EXPONENTS
-from schemas.tenancy import Tenancy
-from sources.catalog import discover
-from streams.normalise import MAPPINGS, Ignored, Normaliser
+from streams.normalise import Ignored
+from tests.conformance.gateway_files import GATEWAYS, MAPPING_FILES, ROOT, find_fixtures
+from tests.conformance.gateway_files import load_normaliser as load
 from topics.headers import RawRecord
 
-ROOT = Path(__file__).parents[2]
-FIXTURES = ROOT / "tests" / "fixtures" / "gateways"
-SOURCES = sorted(path.stem for path in MAPPINGS.glob("*.yaml"))
+SOURCES = sorted(MAPPING_FILES)
 FILES = sorted(
     [
-        *MAPPINGS.glob("*.yaml"),
+        *MAPPING_FILES.values(),
         *(ROOT / "sinks" / "mappings").glob("*.yaml"),
         *(ROOT / "examples" / "overlays").glob("*.yaml"),
     ]
@@ -36,23 +34,17 @@ each = pytest.mark.parametrize("source", SOURCES)
 
 
 def list_cases(source):
-    return sorted(path.name.removesuffix(".raw.json") for path in (FIXTURES / source / "normalise").glob("*.raw.json"))
+    return sorted(
+        path.name.removesuffix(".raw.json") for path in (find_fixtures(source) / "normalise").glob("*.raw.json")
+    )
 
 
 def read_case(source, case):
-    folder = FIXTURES / source / "normalise"
+    folder = find_fixtures(source) / "normalise"
     return (folder / f"{case}.raw.json").read_bytes(), json.loads((folder / f"{case}.expected.json").read_text("utf-8"))
 
 
 FACTS = [(source, case) for source in SOURCES for case in list_cases(source) if "event" in read_case(source, case)[1]]
-
-
-def load(source):
-    tenancy = json.loads((FIXTURES / source / "normalise" / "tenancy.json").read_text("utf-8"))
-    for facility in tenancy["facilities"]:
-        if "mapping_overlay" in facility:
-            facility["mapping_overlay"] = str(ROOT / facility["mapping_overlay"])
-    return Normaliser.load(source, Tenancy.model_validate(tenancy))
 
 
 def build_record(source, body, expected, *, origin=None):
@@ -92,7 +84,7 @@ cases = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_file_lints_clean_and_its_examples_hold(path):
     assert [str(problem) for problem in check_files([path])] == []
 
@@ -103,7 +95,7 @@ def test_mapping_folder_is_not_empty():
 
 @each
 def test_source_mapping_has_its_connector(source):
-    assert source in discover()
+    assert source in GATEWAYS
 
 
 @cases
@@ -117,7 +109,7 @@ def test_raw_body_gives_the_expected_outcome(source, case):
 def test_root_is_the_raw_key(source, case):
     """A child and its root meet in one raw partition only if mapping and connector name the same root."""
     body, expected = read_case(source, case)
-    (raw,) = discover()[source].split(body)
+    (raw,) = GATEWAYS[source].split(body)
     assert (
         describe(load(source), build_record(source, body, expected))["event"]["root"]
         == f"{expected['account']}/{raw.key}"
@@ -130,7 +122,7 @@ def test_every_declared_event_type_has_a_canonical_fixture(source):
     found = [
         normaliser.normalise(build_record(source, *read_case(source, case))) for name, case in FACTS if name == source
     ]
-    mapping = load_source(MAPPINGS / f"{source}.yaml")
+    mapping = load_source(MAPPING_FILES[source])
     declared = {(event_type, rule.kind.value) for event_type, rules in mapping.rules.items() for rule in rules}
     assert declared == {(outcome.event_type, outcome.event.kind) for outcome in found}
 

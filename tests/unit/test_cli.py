@@ -175,6 +175,20 @@ def test_config_check_of_a_target_over_http(call, place, monkeypatch):
     monkeypatch.setenv("T_CLIENT", "planted-client-secret")
     (place / "secrets").mkdir()
     (place / "secrets" / "refresh.token").write_text("planted-refresh-token\n")
+    # Nothing may start without the key that seals the next refresh token.
+    for command in (("config", "check"), ("deliver",), ("deliver", "books-north")):
+        code, _, err = call(*command)
+        assert code == 78
+        assert re.search(r"secrets\.vault_key: missing: .*targets\.books-north", err)
+        assert "openssl rand -hex 32" in err
+    sealed = MINIMAL.replace("[kafka]", 'vault_key = "env:T_VAULT"\n\n[kafka]', 1)
+    (place / "remitstream.toml").write_text(sealed + QUICKBOOKS)
+    monkeypatch.setenv("T_VAULT", "planted-too-short")
+    code, _, err = call("config", "check")
+    assert code == 78
+    assert re.search(r"secrets\.vault_key: too short", err)
+    assert "planted" not in err
+    monkeypatch.setenv("T_VAULT", "planted-" * 4)
     assert call("config", "check")[0] == 0
     _, shown, _ = call("config", "show")
     assert str(place / "tokens") in shown

@@ -79,7 +79,7 @@ def place(tmp_path, monkeypatch):
         if name.upper().startswith("REMITSTREAM_"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(connectors.gateway_catalog, "discover", lambda: {"till": None})
+    monkeypatch.setattr(connectors.gateway_catalog, "discover", lambda _extra=None: {"till": None})
     monkeypatch.setattr(
         connectors.target_catalog, "discover", lambda _extra=None: {"wire": SimpleNamespace(settings=WireSettings)}
     )
