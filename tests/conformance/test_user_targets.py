@@ -1,7 +1,8 @@
-"""A target in a folder of one's own: one file, one YAML and fixtures, and nothing else is touched."""
+"""A target in a folder of one's own, as docs/adding-a-target.md writes it: one file, one YAML and fixtures."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,84 +18,17 @@ from sinks.catalog import load
 
 ROOT = Path(__file__).parents[2]
 
-CONNECTOR = '''
-"""Acme Ledger: a capture becomes an entry. Its vendor's pages were read 2026; entries are created under our own key."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
-import msgspec
-
-from schemas.events import Kind
-from schemas.failure import Failure, FailureKind
-from schemas.mapping import FieldMapping, build_view
-from sinks.contract import HttpHead, Rate, Request, Target, TargetClass, Verdict
-from sinks.references import derive
-from sinks.transport import BasicSettings, use_user
+def read_documented(kind, start):
+    """The one block of the document that begins so."""
+    text = (ROOT / "docs" / "adding-a-target.md").read_text("utf-8")
+    (block,) = (found for found in re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) if found.startswith(start))
+    return block
 
 
-class AcmeSettings(BasicSettings):
-    """One ledger."""
-
-    ledger: str
-
-
-def routes(event, settings):
-    return event.facility in settings.facilities and event.kind == Kind.CAPTURE
-
-
-def freeze(event, context, settings):
-    if event.money.minor <= 0:
-        raise Failure(FailureKind.INVALID, "AMOUNT_NOT_POSITIVE", "money.minor")
-    key = derive(f"acme|{settings.ledger}|{event.event_id}", 32)
-    fields = FieldMapping.load(Path(__file__).with_suffix(".yaml")).apply(build_view(event))
-    body = {**fields, "amount": event.money.major(), "key": key}
-    url = f"{settings.choose_base(_HTTP)}/ledgers/{settings.ledger}/entries/{key}"
-    return Request(msgspec.json.encode(body), key, key[:12], "PUT", url, (("content-type", "application/json"),))
-
-
-def examine(response, request, settings):
-    if response.status // 100 != 2:
-        return None
-    return Verdict(None, "HTTP_200", reference=msgspec.json.decode(response.body)["entry"])
-
-
-_HTTP = HttpHead(
-    sandbox="https://sandbox.ledger.example",
-    production="https://ledger.example",
-    credential=use_user,
-    rates=(Rate(100, 1.0, burst=10),),
-    examine=examine,
-)
-
-TARGET = Target(
-    name="acme_ledger",
-    display_name="Acme Ledger",
-    status="sandbox",
-    documentation="https://ledger.example/docs",
-    transport="http",
-    settings=AcmeSettings,
-    classify=lambda settings: TargetClass.B,
-    routes=routes,
-    freeze=freeze,
-    http=_HTTP,
-    accepts_phi=False,
-    capabilities={"capture": "An entry under our key"},
-)
-'''
-
-MAPPING = """
-event: money_event
-target: acme_ledger
-accepts_phi: false
-fields:
-  - {to: memo, expr: object_id, required: true}
-examples:
-  - name: a capture
-    given: {object_id: pi_1}
-    then: {memo: pi_1}
-"""
+CONNECTOR = read_documented("python", '"""Acme Ledger')
+MAPPING = read_documented("yaml", "event:")
+INSTANCE = read_documented("toml", "[[targets]]")
 
 SETTINGS = {
     "name": "acme-north",
@@ -124,19 +58,12 @@ id = "north"
 time_zone = "America/Chicago"
 default_authority = "NORTH"
 authorities = [{name = "NORTH"}]
-[[targets]]
-name = "acme-north"
-connector = "acme_ledger"
-facilities = ["north"]
-environment = "sandbox"
-user = "remitstream"
-password = "env:ACME_PASSWORD"
-ledger = "l1"
+INSTANCE
 [secrets]
 hmac_key = "env:ACME_HMAC"
 [stack]
 embedded = true
-"""
+""".replace("INSTANCE", INSTANCE)
 
 
 def write_json(path, data):
