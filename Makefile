@@ -8,8 +8,8 @@ SHELL = /bin/sh
 PY := .venv/bin/python
 STAMP := .venv/.ready
 CONFIG := examples/three-facilities.toml
-# Two processes, whole files each: the tests of a file share a deployment
-ALL_TESTS := -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes, mostly waiting for real ones; whole files each: the tests of a file share a deployment
+ALL_TESTS := -n 3 --dist loadfile --no-loadscope-reorder
 # MiB for the environment, the locked artifacts and the first data
 DISK := 1500
 

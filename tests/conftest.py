@@ -3,7 +3,7 @@
 ``tests/invariants.toml`` and the marker ``invariant`` say which tests show which invariant. A run of everything writes
 the counts to the file named by ``INVARIANTS_FILE`` (``make test`` sets it), and the table of them beside it.
 
-``make test`` shares the files out to two processes of pytest-xdist, each with a stack and ports of its own.
+``make test`` shares the files out to three processes of pytest-xdist, each with a stack and ports of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TALLY = pytest.StashKey[invariants.Tally]()
 
 
 LONG = ("tests/faults/", "tests/crash_points/", "tests/integration/")
-"""Folders whose files take minutes. They go first: short files at the end let two processes end together."""
+"""Folders whose files take minutes. They go first: short files at the end let the processes end together."""
 
 
 @pytest.fixture(scope="session")
