@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 RELEASE_CHUNK = 1000
 """Identities of the waiting room looked up at once."""
 
+RELEASE_LIMIT = 1000
+"""Records on hold decided again in one batch, or one entity's when it has more; the next batch goes on. A patient that
+a hundred thousand wait for would make a transaction that never ends in its time, and is then tried again for ever."""
+
 RELEASE_INTERVAL = 0.25
 """Seconds between two looks into the waiting room. When more identities than a chunk wait, each is asked for less and
 less often, up to the cap."""
@@ -86,15 +90,21 @@ class MoneyDecider:
         expire = self._clock.monotonic() - self._last_expiry >= EXPIRY_INTERVAL
         found = await self._resolve(self._collect_hashes(candidates, drafts), due)
         held: list[WaitingDraft] = []
+        left = RELEASE_LIMIT
         for partition, room in rooms.items():
             lane = _Lane(self, writer, drafts[partition], WaitingDraft(room.waiting), found, refused, now_ms)
             if expire:
-                lane.expire(now_ms - self._parent_wait_ms)
-            lane.release_known(due)
+                left = lane.expire(now_ms - self._parent_wait_ms, left)
+            left = lane.release_known(due, left)
             for record, mapped in candidates.get(partition, ()):
                 lane.decide(record, mapped)
             held.append(lane.room)
-        if expire:
+        if left <= 0:
+            # The next batch looks again at once, at the same ones first.
+            self._last_look = float("-inf")
+            for name in due:
+                self._next_look.pop(name, None)
+        elif expire:
             self._last_expiry = self._clock.monotonic()
         decision = writer.finish()
         decision.rooms = held
@@ -228,19 +238,34 @@ class _Lane:
         self._refused = refused
         self._now_ms = now_ms
 
-    def expire(self, before_ms: int) -> None:
-        """End the hold of records whose parent never came: a person decides."""
-        for held in self.room.room.list_expired(before_ms):
+    def expire(self, before_ms: int, left: int) -> int:
+        """End the hold of up to ``left`` records whose parent never came: a person decides. Return how many are left.
+
+        In order of arrival.
+        """
+        for held in sorted(self.room.room.list_expired(before_ms), key=lambda held: held.order):
+            if left <= 0:
+                break
             # A parent that came and waits for its patient releases its children itself.
             if self._draft.read_lineage(held.entity) is None:
                 self._release(held, expired=True)
+                left -= 1
+        return left
 
-    def release_known(self, due: Sequence[str]) -> None:
-        """Release, in order, every entity whose awaited identity is decided now."""
+    def release_known(self, due: Sequence[str], left: int) -> int:
+        """Release, in order, entities whose awaited identity is decided now, while ``left`` records may be.
+
+        Return how many are left; an entity is released in one piece.
+        """
         for awaited in due:
             if isinstance(self._found.get(awaited), (Known, Ambiguous)):
                 for entity in self.room.room.list_entities(awaited):
+                    if left <= 0:
+                        return left
+                    before = self.room.changes
                     self._release_entity(entity)
+                    left -= self.room.changes - before
+        return left
 
     def decide(self, record: RawRecord, mapped: Normalised | Ignored | Failure) -> None:
         """Decide one new record."""

@@ -115,6 +115,11 @@ class WaitingDraft:
         self.released.append(held)
 
     @property
+    def changes(self) -> int:
+        """How many records were put on hold, or had their hold changed or ended."""
+        return len(self.held) + len(self.released)
+
+    @property
     def is_empty(self) -> bool:
         """Nothing is on hold, and nothing of this batch was or is: the ordinary case, told at no cost."""
         return not self._touched and not len(self.room)

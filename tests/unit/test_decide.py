@@ -373,6 +373,44 @@ async def test_the_waiting_room_survives_a_restart(world):
     assert [kind for kind, *_ in world.payments] == ["capture", "refund"]
 
 
+async def release_all(world, monkeypatch, batches):
+    """Records ended in each of so many batches without time passing between them, three at most in one."""
+    monkeypatch.setattr(decide, "RELEASE_LIMIT", 3)
+    ended = []
+    world.clock.steady += 1
+    for _ in range(batches):
+        world.clock.steady -= 1
+        decision = await world.run()
+        ended.append([held.hop for room in decision.rooms for held in room.released])
+    return ended
+
+
+async def test_many_that_wait_for_one_patient_are_released_over_several_batches(world, monkeypatch):
+    """All at once would be a transaction without bound. An entity stays in one piece."""
+    await world.run(*(capture(number, mrn="M") for number in range(4)), refund(1, 1), refund(1, 2), refund(1, 3))
+    world.identities.learn("M")
+    assert await release_all(world, monkeypatch, 4) == [
+        ["T:0:0", "T:0:1", "T:0:4", "T:0:5", "T:0:6"],
+        ["T:0:2", "T:0:3"],
+        [],
+        [],
+    ]
+    assert world.waiting == {}
+
+
+async def test_parents_that_never_came_are_given_up_over_several_batches(world, monkeypatch):
+    await world.run(*(refund(number) for number in range(7)))
+    world.clock.ms += PARENT_WAIT * 1000 + 1
+    world.clock.steady += 10
+    assert await release_all(world, monkeypatch, 4) == [
+        ["T:0:0", "T:0:1", "T:0:2"],
+        ["T:0:3", "T:0:4", "T:0:5"],
+        ["T:0:6"],
+        [],
+    ]
+    assert [reason for _, reason in world.reviews] == ["PARENT_NEVER_CAME"] * 7
+
+
 @pytest.mark.parametrize("when", ["start", "release"])
 async def test_a_waiting_entry_that_cannot_be_read_ends_the_process_and_its_store(world, when):
     """No record is to blame for a damaged store, and none is decided from it; the changelog has the entry whole."""
