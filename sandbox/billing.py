@@ -121,6 +121,7 @@ class _Interface:
         self.connections: set[asyncio.Task[None]] = set()
         self.modes: list[_RunningMode] = []
         self.reopening: asyncio.Task[None] | None = None
+        self.open_calls = 0
         self.counts = {"messages": 0, "posted": 0, "duplicates": 0, "conflicts": 0, "refused": 0}
 
     def take_mode(self, object_ids: Sequence[str]) -> Mode | None:
@@ -221,6 +222,10 @@ class BillingSystem:
             },
         }
 
+    def count_open(self, instance: str) -> int:
+        """Messages that have arrived and whose answer is not written; those never answered are not counted."""
+        return self._interfaces[instance].open_calls
+
     async def set_mode(self, mode: Mode, *, instance: str | None = None) -> None:
         """Add a failure to one instance, or to all. ``KeyError`` for an unknown instance."""
         for interface in self._select(instance):
@@ -282,7 +287,11 @@ class BillingSystem:
     ) -> None:
         try:
             while (raw := await read_frame(reader)) is not None:
-                reaction = await self._handle(interface, raw)
+                interface.open_calls += 1
+                try:
+                    reaction = await self._handle(interface, raw)
+                finally:
+                    interface.open_calls -= 1
                 if reaction is _Silence.HANG:
                     await _drain_until_closed(reader)
                     break

@@ -76,6 +76,10 @@ class Receiver(ABC):
         self.counts: Counter[str] = Counter()
         """``questions`` (reads), ``renewals`` (tokens given), and what a receiver counts beside them."""
         self.url = ""
+        self.open_writes = 0
+        """Writes that have arrived and are not answered; those that will never be are not counted."""
+        self.pace: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
+        """Drawn for each write: seconds before it is posted, and from there to the answer."""
         self.access_token = ""
         self._troubles: list[Trouble] = []
         self._retry_after = "1"
@@ -148,7 +152,14 @@ class Receiver(ABC):
     def _guard_write(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def serve(request: web.Request) -> web.StreamResponse:
             body = await request.read()
-            reply = self.authorise(request) or self._handle(request, body, handler)
+            before, after = self.pace()
+            self.open_writes += 1
+            try:
+                await asyncio.sleep(before)
+                reply = self.authorise(request) or self._handle(request, body, handler)
+                await asyncio.sleep(after)
+            finally:
+                self.open_writes -= 1
             status = 0 if reply is None else reply.status
             now = asyncio.get_running_loop().time()
             self.seen.append(Seen(now, status, request.method, request.path_qs, dict(request.headers), body))

@@ -57,6 +57,7 @@ class Organization(Receiver):
         self.payments: dict[str, Payment] = {}
         """By id. ``counts`` has ``updates``: upserts that met an existing payment."""
         self.page_length = 200
+        self.most_tokens = 10
         self._expected = {"client_id": client_id, "client_secret": client_secret, "refresh_token": refresh_token}
         self._label = unique_label
         self._numbers = itertools.count(903_000_000_079_001)
@@ -89,11 +90,11 @@ class Organization(Receiver):
         return Reply(200, {"code": 1002, "message": "It cannot be recorded"})
 
     def serve_token(self, _request: web.Request, body: bytes) -> Reply:
-        """A token for the refresh token, which stays; ten of them, then none."""
+        """A token for the refresh token, which stays; ``most_tokens`` of them, then none."""
         form = {name: values[0] for name, values in parse_qs(body.decode()).items()}
         if form.get("grant_type") != "refresh_token" or any(form.get(n) != v for n, v in self._expected.items()):
             return Reply(200, {"error": "invalid_code"})
-        if self.counts["renewals"] >= _MOST_TOKENS:
+        if self.counts["renewals"] >= self.most_tokens:
             return Reply(200, {"error": "Access Denied"})
         return Reply(200, {"access_token": self.issue_token(), "expires_in": 3600, "token_type": "Bearer"})
 
@@ -169,9 +170,6 @@ class Organization(Receiver):
         shown, more = rows[(page - 1) * length : page * length], len(rows) > page * length
         context = {"page": page, "per_page": length, "has_more_page": more}
         return Reply(200, {"code": 0, "message": "success", name: shown, "page_context": context})
-
-
-_MOST_TOKENS = 10
 
 
 def _read_amount(given: object) -> Decimal:

@@ -14,7 +14,7 @@ from sinks.calls import Calls
 from sinks.contract import TargetClass
 from sinks.ledger import Ledger
 from sinks.policy import Policy, Step
-from tests.delivery_faults.play import play
+from tests.delivery_faults.play import play, play_kill
 from tests.delivery_faults.world import Faults
 
 if TYPE_CHECKING:
@@ -44,6 +44,31 @@ def run_order(target_class: TargetClass, events: int, entities: int, seed: int =
         kill_every=40.0 * scale, lose_session_every=80.0 * scale,
     )  # fmt: skip
     return play(target_class, events=events, entities=entities, faults=faults, seed=seed)
+
+
+OUTAGE = 600.0
+
+
+def run_outage(target_class: TargetClass, events: int, seed: int = 1) -> World:
+    """Nobody can connect for ten minutes."""
+    return play(target_class, events=events, entities=events // 5, faults=Faults(down_until=OUTAGE), seed=seed)
+
+
+def run_freeze(target_class: TargetClass, events: int, seed: int = 1) -> World:
+    """Processes that stand still between the last look and the write, for longer than everything that is waited for."""
+    return play(
+        target_class, events=events, entities=events, faults=Faults(frozen=0.1, lose_session_every=60.0), seed=seed
+    )
+
+
+def run_blocked(target_class: TargetClass, done: int) -> World:
+    """The first event is never answered; so many behind it are done; then kill -9."""
+    return play_kill(
+        target_class,
+        events=done + 1,
+        faults=Faults(blocked=frozenset({0})),
+        ready=lambda world: world.told["posted"] == done,
+    )
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ from tests.delivery_faults.world import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sinks.contract import TargetClass
 
-_QUIET = 600.0
+QUIET = 600.0
 """Seconds without anything happening, after which nothing will; the longest pause between two tries is 60 s."""
 
 
@@ -54,19 +54,47 @@ def play(
     return virtual_time.run(_play(World(target_class, events, entities, faults, seed), seen))
 
 
-async def _play(world: World, seen: Callable[[World], bool]) -> World:
+def play_kill(target_class: TargetClass, *, events: int, faults: Faults, ready: Callable[[World], bool]) -> World:
+    """One process until ``ready``, then kill -9, then another one until all is settled. Each event is an entity."""
+    return virtual_time.run(_play_kill(World(target_class, events, events, faults, 1), ready))
+
+
+async def _play_kill(world: World, ready: Callable[[World], bool]) -> World:
+    with _install(world):
+        first = Process(world)
+        while not ready(world):
+            await asyncio.sleep(1.0)
+            first.check()
+        world.books.kills += 1
+        await first.kill()
+        second = Process(world)
+        while not world.is_settled():
+            await asyncio.sleep(1.0)
+            second.check()
+        await asyncio.sleep(4 * SESSION + DEADLINE)
+        await second.kill()
+    return world
+
+
+@contextlib.contextmanager
+def _install(world: World) -> Iterator[None]:
     Group.world = world
     with (
         mock.patch.object(runner_module, "GroupConsumer", Group),
         mock.patch.object(runner_module, "DecisionFeed", NobodyDecides),
         mock.patch.object(shards_module, "read_to_end", world.read_ledger),
     ):
-        processes = [_Process(world)]
+        yield
+
+
+async def _play(world: World, seen: Callable[[World], bool]) -> World:
+    with _install(world):
+        processes = [Process(world)]
         faults = world.faults
         kill_at, lose_at = _draw(world, faults.kill_every), _draw(world, faults.lose_session_every)
         loop = asyncio.get_running_loop()
         progress, changed_at = world.count_progress(), 0.0
-        while not world.is_settled() and loop.time() - changed_at < _QUIET and not seen(world):
+        while not world.is_settled() and loop.time() - changed_at < QUIET and not seen(world):
             await asyncio.sleep(1.0)
             processes[-1].check()
             if world.count_progress() != progress:
@@ -74,14 +102,14 @@ async def _play(world: World, seen: Callable[[World], bool]) -> World:
             if loop.time() >= kill_at:
                 world.books.kills += 1
                 await processes[-1].kill()
-                processes[-1] = _Process(world)
+                processes[-1] = Process(world)
                 kill_at = loop.time() + _draw(world, faults.kill_every)
             if loop.time() >= lose_at:
                 world.books.lost_sessions += 1
                 zombie = processes[-1]
                 zombie.group.is_heard = False
                 await asyncio.sleep(SESSION)
-                processes.append(_Process(world))
+                processes.append(Process(world))
                 loop.call_later(2 * SESSION * world.random.random(), zombie.learn)
                 lose_at = loop.time() + _draw(world, faults.lose_session_every)
         # Late writes, if there are any, still come.
@@ -97,10 +125,10 @@ def _draw(world: World, mean: float) -> float:
     return world.random.expovariate(1 / mean) if mean else float("inf")
 
 
-class _Process:
-    """One deliverer process."""
+class Process:
+    """One deliverer process. ``wire`` is its connection to the target."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, wire: Wire | None = None) -> None:
         self.runner = Runner(
             KAFKA,  # type: ignore[arg-type]
             build_target(world.target_class),
@@ -109,7 +137,7 @@ class _Process:
             registry=Registry(),  # type: ignore[arg-type]
             identities=Patients(),
             instance="i",
-            transport=Wire(world),
+            transport=wire or Wire(world),
             metrics=Metrics(),
             clock=Virtual(),  # type: ignore[arg-type]
             draw=world.random.random,

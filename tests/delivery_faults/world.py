@@ -52,6 +52,12 @@ class Faults:
     down: float = 0.0
     stalled: float = 0.0
     """Stands still between being begun and the last look, for up to four sessions."""
+    frozen: float = 0.0
+    """Stands still between the last look and the write, for up to four sessions: the documented hole."""
+    down_until: float = 0.0
+    """Seconds for which nobody can connect."""
+    blocked: frozenset[int] = frozenset()
+    """Events whose first request is written, never arrives, and is never answered."""
     aborts: float = 0.0
     """Chance per transaction."""
     kill_every: float = 0.0
@@ -100,6 +106,7 @@ class Books:
     """Applications by event number; a repeated key or upsert is none."""
     bodies: dict[int, bytes] = field(default_factory=dict)
     rejected: set[int] = field(default_factory=set)
+    blocked: set[int] = field(default_factory=set)
     wrong_bytes: int = 0
     out_of_order: int = 0
     timeouts_after_success: int = 0
@@ -122,6 +129,8 @@ class World:
         self.attempts: dict[bytes, bytes] = {}
         self.frontier = 0
         self.outcomes: dict[str, str] = {}
+        self.told: collections.Counter[str] = collections.Counter()
+        """All outcomes that were told, also those that another one followed."""
         self.final_twice = 0
         self.generation = 0
         self.owner: Group | None = None
@@ -168,6 +177,7 @@ class World:
         if outcome.outcome in final and self.outcomes.get(outcome.event_id) in final:
             self.final_twice += 1
         self.outcomes[outcome.event_id] = outcome.outcome
+        self.told[outcome.outcome] += 1
 
     # The target.
 
@@ -343,12 +353,20 @@ class Wire:
         if chance < faults.stalled:
             await asyncio.sleep(draw() * 4 * SESSION)
         chance -= faults.stalled
-        if 0 <= chance < faults.down:
+        is_down = asyncio.get_running_loop().time() < faults.down_until
+        if 0 <= chance < faults.down or is_down:
             await asyncio.sleep(0.001)
             raise Failure(FailureKind.UNAVAILABLE, "CONNECT_FAILED")
         chance -= faults.down
         before_write()
         world.books.calls += 1
+        number = int(request.control_id, 16)
+        if number in faults.blocked and number not in world.books.blocked:
+            world.books.blocked.add(number)
+            await asyncio.Event().wait()
+        if 0 <= chance < faults.frozen:
+            await asyncio.sleep(draw() * 4 * SESSION)
+        chance -= faults.frozen
         if 0 <= chance < faults.timeout_after_success:
             # Applied at any time before the deadline; the answer is lost.
             self._travel(request, draw() * DEADLINE * 0.999)
@@ -364,7 +382,6 @@ class Wire:
             await asyncio.sleep(0.02)
             return Answer(FailureKind.UNAVAILABLE, "BUSY")
         chance -= faults.refused_for_now
-        number = int(request.control_id, 16)
         if 0 <= chance < faults.rejected and not world.books.applied[number]:
             world.books.rejected.add(number)
         return await asyncio.shield(self._travel(request, 0.01 + 0.04 * draw()))
