@@ -9,7 +9,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.crash_points.sweep import Sweep, choose_trials, find_points, list_trials, sweep_all
+from tests.crash_points.admissions import Admissions
+from tests.crash_points.sweep import Sweep
+from tests.crash_points.traffic import Payments
+from tests.crash_points.trials import (
+    COMMIT_STEPS,
+    choose_trials,
+    find_batch_points,
+    find_points,
+    find_rollback_trials,
+    list_trials,
+    sweep_all,
+)
 from tests.integration.conftest import Deployment
 from tests.stacks import open_stack
 
@@ -40,17 +51,31 @@ def main():
         deployment = Deployment(own, stack.up(), {"worker.partitions": "1"})
         opened.callback(deployment.close)
         deployment.provision()
-        sweep = Sweep(deployment)
-        opened.callback(sweep.close)
-        trials = [trial for trial in list_trials(find_points(sweep, say)) if arguments.only in str(trial)]
+        payments = Sweep(deployment, Payments(deployment))
+        opened.callback(payments.close)
+        points = find_points(payments, say)
+        trials = list_trials(points) + find_rollback_trials(payments, points, say)
+        admissions = Sweep(deployment, Admissions())
+        opened.callback(admissions.close)
+        points = find_batch_points(admissions, say)
+        others = list_trials(points) + find_rollback_trials(admissions, points, say, steps=COMMIT_STEPS[-1:])
+        chosen = [
+            (sweep, [trial for trial in found if arguments.only in str(trial)])
+            for sweep, found in ((payments, trials), (admissions, others))
+        ]
         if arguments.sample:
-            trials = choose_trials(trials, arguments.seed, arguments.sample)
-        say(f"{len(trials)} runs, about {max(1, len(trials) * SECONDS_EACH // 60)} minutes, seed {arguments.seed}")
-        if arguments.list:
-            for trial in trials:
-                say(str(trial))
-        else:
-            say(str(sweep_all(sweep, trials, say)))
+            chosen = [
+                (sweep, choose_trials(found, arguments.seed, arguments.sample // len(chosen)))
+                for sweep, found in chosen
+            ]
+        runs = sum(len(found) for _, found in chosen)
+        say(f"{runs} runs, about {max(1, runs * SECONDS_EACH // 60)} minutes, seed {arguments.seed}")
+        for sweep, found in chosen:
+            if arguments.list:
+                for trial in found:
+                    say(f"{sweep.traffic.source}: {trial}")
+            else:
+                say(f"{sweep.traffic.source}: {sweep_all(sweep, found, say)}")
     return 0
 
 

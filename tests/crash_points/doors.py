@@ -99,6 +99,23 @@ class Watch:
         sys.setprofile(self._look)
 
     def _look(self, frame, event, argument):
+        try:
+            self._look_closely(frame, event, argument)
+        except BaseException:
+            self._come_back(frame)
+            raise
+
+    def _come_back(self, frame):
+        """The interpreter takes a profile function that raised away from its thread: install it at the next step."""
+
+        def install(*_):
+            sys.settrace(None)
+            sys.setprofile(self._look)
+
+        sys.settrace(install)
+        frame.f_trace = install
+
+    def _look_closely(self, frame, event, argument):
         if event in ("call", "return"):
             self._look_at_frame(frame, event)
             return
@@ -152,16 +169,36 @@ class Recorder:
                     os._exit(0)
 
 
-def read_points(target):
-    """Distinct points of a recording, in order of their first passage.
+def read_recording(target):
+    """Every passage of a recording, as (thread, point)."""
+    return [(thread, Point(*at)) for thread, *at in json.loads(target.read_text("utf-8"))]
+
+
+def find_batch(recording):
+    """The part from the poll that brought the first committed records on."""
+    points = [point for _, point in recording]
+    begun = next(n for n, point in enumerate(points) if point.door == "Producer.begin_transaction")
+    return slice(max(n for n, point in enumerate(points[:begun]) if point[::2] == ("Consumer.poll", "after")), None)
+
+
+def find_rollback(recording):
+    """The part up to the next poll."""
+    return slice(next(n for n, (_, point) in enumerate(recording) if point.door == "Consumer.poll"))
+
+
+def choose_points(recording, part=None):
+    """Distinct points of a recording, or of a part of it, in order of their first passage there.
 
     A suspension goes through all frames of a chain of awaits, a resumption too: one of each is kept. Of a call that is
     made many times, the first and the last passage.
     """
+    inside = range(len(recording))[part or slice(None)]
     counts, chosen, last, pending = Counter(), {}, {}, {}
-    for thread, door, place, side, _ in json.loads(target.read_text("utf-8")):
+    for number, (thread, (door, place, side, _)) in enumerate(recording[: inside.stop]):
         key = (door, place, side)
         counts[key] += 1
+        if number not in inside:
+            continue
         point = Point(*key, counts[key])
         before, last[thread] = last.get(thread), side
         if side != "resumed" and thread in pending:
@@ -198,15 +235,22 @@ class Killer:
 
 
 class Saboteur(Killer):
-    """Makes the step at one point raise what its library raises; ``reached`` is then created."""
+    """Makes the step at one point raise what its library raises; ``reached`` is then created.
 
-    def __init__(self, point, failure, reached):
+    ``then`` is told of every point that is passed afterwards.
+    """
+
+    def __init__(self, point, failure, reached, then=None):
         super().__init__(point)
         self._failure = failure
         self._reached = reached
+        self._then = then
 
     def __call__(self, point):
-        if point[:3] == self._key:
+        if self._left == 0:
+            if self._then is not None:
+                self._then(point)
+        elif point[:3] == self._key:
             with self._lock:
                 self._left -= 1
                 is_here = self._left == 0
@@ -242,6 +286,8 @@ def list_failures(point):
         return ["abort", "retry"]
     if point.door == "Producer.produce":
         return ["abort", "full"]
+    if point.door == "Producer.abort_transaction":
+        return ["abort", "retry"]
     if point.door.startswith("Producer."):
         return ["abort"]
     return ["retry"] if point.door != "await" else []

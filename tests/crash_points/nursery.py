@@ -1,9 +1,9 @@
 """Parent of workers: imports everything once, then forks one worker for each line it is given.
 
-A line is JSON: ``config`` and ``arguments`` as the command line has them, ``log``, and what shall happen: ``record`` (a
-file), ``die`` (a point), or ``fail`` (point, kind of failure, file to create); ``store_first`` breaks a rule of the
-worker. Answers, one a line: ``["pid", n]`` when
-it runs, ``["exit", n, code]`` when it is over (a signal's number negative).
+A line is JSON: ``config`` and ``overrides`` as the command line has them, ``log``, ``ahead`` (hours that decisions are
+ahead of the clock), and what shall happen: ``record`` (a file), ``die`` (a point), or ``fail`` (point, kind of failure,
+file to create) with ``then``, what shall happen after it; ``store_first`` breaks a rule of the worker. Answers, one a
+line: ``["pid", n]`` when it runs, ``["exit", n, code]`` when it is over (a signal's number negative).
 """
 
 from __future__ import annotations
@@ -11,23 +11,32 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from runtime.roles import worker
 from runtime.settings import read_settings
+from streams import decide, decision
 from streams.batch import Batch
 from tests.crash_points.doors import Killer, Point, Recorder, Saboteur, Watch
 
 
-def choose_watch(order):
+def choose_witness(order):
     if "record" in order:
-        return Watch(Recorder(Path(order["record"])))
+        return Recorder(Path(order["record"]))
     if "die" in order:
-        return Watch(Killer(Point(*order["die"])))
+        return Killer(Point(*order["die"]))
     if "fail" in order:
         point, failure, reached = order["fail"]
-        return Watch(Saboteur(Point(*point), failure, Path(reached)))
+        return Saboteur(Point(*point), failure, Path(reached), choose_witness(order.get("then", {})))
     return None
+
+
+def set_ahead(hours):
+    """Decisions see a later time, so that what was put on hold by an earlier process has waited long enough."""
+    now_ms = decision.Clock.now_ms
+    decision.Clock.now_ms = lambda self: now_ms(self) + hours * 3_600_000
+    decide.EXPIRY_INTERVAL = decide.RELEASE_INTERVAL
 
 
 def change_store_first():
@@ -49,9 +58,10 @@ def run(order):
     settings = read_settings(Path(order["config"]), [tuple(pair) for pair in order["overrides"]])
     if order.get("store_first"):
         change_store_first()
-    watch = choose_watch(order)
-    if watch is not None:
-        watch.install()
+    set_ahead(order["ahead"])
+    witness = choose_witness(order)
+    if witness is not None:
+        Watch(witness).install()
     return worker.run(settings)
 
 
@@ -67,6 +77,8 @@ def main():
             code = 70
             try:
                 code = run(order)
+            except BaseException:  # noqa: BLE001 - told in the worker's log; the exit code says it to the sweep
+                traceback.print_exc()
             finally:
                 os._exit(code)
         say("pid", child)

@@ -15,26 +15,32 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, TopicCollect
 from confluent_kafka.admin import AdminClient
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-TOPICS = ("payments", "settlements", "dispositions", "dlq", "reviews", "frontiers")
-CHANGELOGS = ("seen", "waiting", "lineage")
+TOPICS = ("payments", "settlements", "patients", "dispositions", "dlq", "reviews", "frontiers")
+RAW = ("raw.stripe", "raw.hl7")
 
 
 class Oracle:
-    """Follows every topic the worker writes, committed records only."""
+    """Follows every topic the worker writes, committed records only, and what comes of one source there."""
 
-    def __init__(self, bootstrap, registry_url, group="remitstream.worker"):
+    def __init__(self, bootstrap, registry_url, source, changelogs, group="remitstream.worker"):
         self._registry_url = registry_url
         self._group = group
         self._schemas = {}
         admin = AdminClient({"bootstrap.servers": bootstrap})
-        found = admin.describe_topics(TopicCollection(["raw.stripe"]))
-        self.topic_id = str(found["raw.stripe"].result().topic_id)
+        found = admin.describe_topics(TopicCollection(list(RAW)))
+        ids = {topic: str(found[topic].result().topic_id) for topic in RAW}
+        self.topic_id = ids.pop(f"raw.{source}")
+        self._others = tuple(f"{topic_id}:" for topic_id in ids.values())
         self.fates = defaultdict(list)
         """Hop -> fates, waiting not among them."""
         self.events = []
         self.links = {}
+        self.states = defaultdict(list)
+        """Identifier -> (hop, status, identifier it is merged into), in the topic's order."""
+        self._latest = {}
+        self._late = []
         self.frontier = 0
-        self.stores = {name: {} for name in CHANGELOGS}
+        self.stores = {name: {} for name in changelogs}
         self._consumer = Consumer(
             {
                 "bootstrap.servers": bootstrap,
@@ -48,7 +54,7 @@ class Oracle:
             }
         )
         known = self._consumer.list_topics(timeout=20).topics
-        topics = [*TOPICS, *(f"{name}.stripe" for name in CHANGELOGS)]
+        topics = [*TOPICS, *(f"{name}.{source}" for name in changelogs)]
         self._places = [TopicPartition(t, p, OFFSET_BEGINNING) for t in topics for p in known[t].partitions]
         self._consumer.assign(self._places)
 
@@ -96,6 +102,7 @@ class Oracle:
             first.setdefault((root, kind), place)
             if kind == "refund" and (root, "capture") not in first:
                 wrong.append(f"{name} was published before its capture")
+        wrong += self._judge_states(sent)
         known = {self.name_hop(offset) for offset, _ in sent}
         wrong += [f"hop {hop} was never sent" for hop in self.fates if hop not in known]
         by_body = {}
@@ -105,12 +112,25 @@ class Oracle:
                 wrong.append(f"hop {offset} is not linked to the copy that was taken, {origin}")
         return wrong
 
+    def _judge_states(self, sent):
+        """Every identifier has gone through the states its messages made, once each and in the feed's order."""
+        due = defaultdict(list)
+        for offset, planned in sent:
+            for identifier, status, survivor in planned.states:
+                due[identifier].append((self.name_hop(offset), status, survivor))
+        wrong = [f"identifiers of {hop} come after those of a later message" for hop in self._late]
+        return wrong + [
+            f"{identifier}: {due.get(identifier, [])[-4:]} expected, {self.states.get(identifier, [])[-4:]} found"
+            for identifier in sorted(due.keys() | self.states.keys())
+            if due.get(identifier, []) != self.states.get(identifier, [])
+        ]
+
     def judge_store(self, folder):
         """Differences between the local store and the changelogs."""
         wrong = []
         environment = lmdb.open(str(folder), readonly=True, lock=False, max_dbs=16)
         try:
-            for name in CHANGELOGS:
+            for name in self.stores:
                 database = environment.open_db(name.encode(), create=False)
                 with environment.begin() as transaction:
                     held = {bytes(key): bytes(value) for key, value in transaction.cursor(db=database)}
@@ -125,14 +145,27 @@ class Oracle:
     def _take(self, message):
         topic, key, value = message.topic(), message.key() or b"", message.value()
         headers = dict(message.headers() or [])
+        if headers.get("hop", b"").decode().startswith(self._others):
+            return
         if topic in ("payments", "settlements"):
             event = self._decode(value)
             mrn = event["mrn"]["value"] if event["mrn"] else ""
             fact = (event["kind"], event["object_id"], event["money"]["minor"], mrn)
             self.events.append((fact, key.decode()))
             self.fates[headers["hop"].decode()].append("canonical")
+        elif topic == "patients":
+            # Those without a hop were put there by hand.
+            if "hop" in headers:
+                self._note_order(message.partition(), headers["hop"].decode())
+                record = self._decode(value)
+                survivor = record["merged_into"] and _name(record["merged_into"])
+                self.states[_name(record["identifier"])].append(
+                    (headers["hop"].decode(), record["status"], survivor or "")
+                )
         elif topic == "dispositions":
             record = self._decode(value)
+            if record["hop"].startswith(self._others):
+                return
             self.fates[record["hop"]].append(record["fate"])
             self.links[record["hop"]] = record["linked"]
         elif topic == "dlq":
@@ -151,6 +184,12 @@ class Oracle:
             else:
                 store[key] = value
 
+    def _note_order(self, partition, hop):
+        offset = int(hop.rpartition(":")[2])
+        if offset < self._latest.get(partition, offset):
+            self._late.append(hop)
+        self._latest[partition] = offset
+
     def _decode(self, value):
         magic, number = struct.unpack(">bI", value[:5])
         assert magic == 0
@@ -158,3 +197,7 @@ class Oracle:
             with DIRECT.open(f"{self._registry_url}/schemas/ids/{number}", timeout=10) as answer:
                 self._schemas[number] = fastavro.parse_schema(json.loads(json.load(answer)["schema"]))
         return fastavro.schemaless_reader(io.BytesIO(value[5:]), self._schemas[number])
+
+
+def _name(reference):
+    return "|".join(reference[part] for part in ("authority", "id_type", "value"))

@@ -18,6 +18,8 @@ from tests.crash_points.doors import DIED, read_recording
 from tests.crash_points.oracle import Oracle
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 60
+"""Seconds for a worker to reach its end."""
 TRIES = 3
 """What a run passes through depends a little on timing; a point that is missed is tried again, but not for ever."""
 
@@ -105,8 +107,8 @@ class Sweep:
         self.traffic = traffic
         self.run = 0
         self.sent = []
-        self.patience = 60
-        """Seconds for one worker to finish."""
+        self.patience = PATIENCE
+        """Seconds for a clean worker to finish."""
         self.options = {}
         """Of every worker that is to die or fail."""
         settings = deployment.settings
@@ -180,7 +182,7 @@ class Sweep:
 
     def _await_end(self, is_reached):
         """Wait for the worker's end: its exit code, or None when it lives and all is done."""
-        until = time.monotonic() + self.patience
+        until = time.monotonic() + PATIENCE
         done_at = None
         while time.monotonic() < until:
             code = self.nursery.poll()

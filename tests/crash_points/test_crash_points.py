@@ -1,8 +1,8 @@
 """A worker that dies, or whose step fails, at any point of a batch: nothing lost, nothing twice, the store right.
 
-The short form: before and after each step of the commit, and a seeded sample of all other points. ``CRASH_POINTS=all``
-takes every point, ``CRASH_SEED`` another sample. The points are found, not listed (see ``doors``); one that is not
-reached fails.
+The short form: before and after each step of the commit, and a seeded sample of all other points; two deaths in a
+rollback; two around the commit of a batch of admissions. ``CRASH_POINTS=all`` takes every point, ``CRASH_SEED`` another
+sample. The points are found, not listed (see ``doors``); one that is not reached fails.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import os
 
 import pytest
 
+from tests.crash_points.admissions import Admissions
 from tests.crash_points.doors import Point
-from tests.crash_points.sweep import (
+from tests.crash_points.sweep import Sweep, SweepFailed
+from tests.crash_points.traffic import Payments
+from tests.crash_points.trials import (
     COMMIT_STEPS,
-    Sweep,
-    SweepFailed,
     Trial,
     choose_trials,
+    find_batch_points,
     find_points,
+    find_rollback_trials,
     list_trials,
     sweep_all,
 )
@@ -48,7 +51,7 @@ DOORS = (
 @pytest.fixture(scope="module")
 def sweep(deploy_for_module):
     deployment = deploy_for_module(worker__partitions="1")
-    opened = Sweep(deployment)
+    opened = Sweep(deployment, Payments(deployment))
     yield opened
     opened.close()
 
@@ -71,6 +74,39 @@ def test_every_point_is_survived(sweep, points, record_property):
     record_property("sweep", f"seed {SEED}: {summary}")
     assert summary.deaths + summary.failures == len(trials)
     assert {trial.point.door for trial in trials} >= set(COMMIT_STEPS)
+
+
+def test_a_death_in_a_rollback_is_survived(sweep, points, record_property):
+    if os.environ.get("CRASH_POINTS") == "all":
+        trials = find_rollback_trials(sweep, points, print)
+    else:
+        found = find_rollback_trials(sweep, points, print, steps=COMMIT_STEPS[-1:])
+        trials = [
+            next(t for t in found if (t.point.door, t.point.side, t.failure) == (*wanted, ""))
+            for wanted in (("Producer.abort_transaction", "after"), ("await", "suspended"))
+        ]
+    summary = sweep_all(sweep, trials, print)
+    record_property("sweep", f"rollback: {summary}")
+    assert summary.rollbacks == len(trials)
+
+
+def test_a_death_in_a_batch_of_admissions_is_survived(sweep, points, record_property):
+    admissions = Sweep(sweep.deployment, Admissions())
+    try:
+        if os.environ.get("CRASH_POINTS") == "all":
+            found = find_batch_points(admissions, print)
+            trials = list_trials(found)
+            trials += find_rollback_trials(admissions, found, print, steps=COMMIT_STEPS[-1:])
+        else:
+            # The same two places for every batch.
+            commits = [p for p in points if p.door == COMMIT_STEPS[-1]]
+            trials = [Trial(next(p for p in commits if p.side == side)) for side in ("before", "after")]
+        summary = sweep_all(admissions, trials, print)
+        record_property("sweep", f"admissions: {summary}")
+        assert summary.deaths + summary.failures == len(trials)
+        assert all(len(states) > 1 for name, states in admissions.oracle.states.items() if name.endswith("-second"))
+    finally:
+        admissions.close()
 
 
 def test_a_point_that_is_never_reached_fails_the_sweep(sweep, points, monkeypatch):
@@ -101,7 +137,8 @@ def test_a_worker_that_changes_its_store_before_the_commit_is_found(deploy_for_m
 
     In a sweep of its own, where nothing is on hold yet: the first transaction is then the one with the records.
     """
-    sweep = Sweep(deploy_for_module(worker__partitions="1"))
+    deployment = deploy_for_module(worker__partitions="1")
+    sweep = Sweep(deployment, Payments(deployment))
     try:
         point = next(p for p in points if (p.door, p.side) == ("Producer.commit_transaction", "before"))
         sweep.options, sweep.patience = {"store_first": True}, 15
