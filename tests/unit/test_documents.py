@@ -3,11 +3,14 @@
 import ast
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 
 from runtime.account import FATES, OUTCOMES, Account, Balance
+from runtime.cli import app
 from runtime.settings import Settings
 from sandbox.traffic import Summary
 from topics.catalog import DAY_MS, HL7, list_topics
@@ -45,9 +48,56 @@ def test_every_topic_is_listed_with_or_without_patient_data():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(document):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text("utf-8")):
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", document.read_text("utf-8")):
         if not target.startswith(("https://", "http://")):
-            assert (document.parent / target).exists(), target
+            path = document.parent / target if target else document
+            assert path.exists(), target
+            assert not anchor or anchor in list_anchors(path), f"{target}#{anchor}"
+
+
+def list_anchors(document):
+    """Names of the headings, as they are linked to."""
+    titles = re.findall(r"^#+ (.+)$", document.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def list_commands(text):
+    """Command lines of ours: those in blocks, and those within a sentence, which may be cut short."""
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    lines = [
+        line
+        for block in blocks
+        for line in re.findall(r"^(?:\$ )?(?:\.venv/bin/)?remitstream (.*)", block, re.MULTILINE)
+    ]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return lines, re.findall(r"`(?:\.venv/bin/)?remitstream ([^`]+)`", prose)
+
+
+def find_command(words):
+    """The command of these words, its context, and what of the words is left for it."""
+    found = typer.main.get_command(app)
+    context = found.make_context("remitstream", [], resilient_parsing=True)
+    while words and isinstance(found, typer.core.TyperGroup):
+        found = found.get_command(context, words[0])
+        assert found is not None, f"no command {words[0]}"
+        words = words[1:]
+    return found, words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_are_understood(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fixed.json").write_text("{}", "utf-8")
+    lines, mentions = list_commands(document.read_text("utf-8"))
+    for line in lines:
+        words = shlex.split(line.partition(" > ")[0], comments=True)
+        command, rest = find_command(words)
+        # Parses every argument and option, runs nothing.
+        command.make_context(words[0], rest)
+    for mention in mentions:
+        command, rest = find_command(mention.split())
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in rest if word.startswith("-")} <= known, mention
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
