@@ -167,10 +167,9 @@ class Feeder:
     def refuse(self, batch: Batch, hop: str | None) -> None:
         """The broker refused a record of the batch.
 
-        When it is not known which, the next transaction sends one by one and finds it. Raises ``DeadLetterRefused``.
+        When it is not known which, the next transaction sends one by one and finds it: also of a batch with one record,
+        for beside it there may be releases. Raises ``DeadLetterRefused``.
         """
-        if hop is None and len(batch.records) == 1:
-            hop = batch.records[0].hop
         if hop is None:
             self._limit = 1
         elif hop in batch.refused:
@@ -179,7 +178,11 @@ class Feeder:
             self._refused |= {hop}
 
     async def back_off(self) -> None:
-        """Wait after an aborted transaction: longer each time, with jitter, so that workers do not march in step."""
+        """Wait after an aborted transaction: longer each time, with jitter, so that workers do not march in step.
+
+        The next one holds half as many records: perhaps this one was too much for its time-out.
+        """
+        self._limit = max(1, self._limit // 2)
         self._failures += 1
         await asyncio.sleep(random.uniform(0, min(5.0, 0.1 * 2 ** min(self._failures, 6))))  # noqa: S311 - jitter
 
@@ -360,11 +363,17 @@ class Feeder:
         state = PartitionState(self._state_folder, decider.source, partition, stores)
         state.load(self._kafka)
         room = Room(state)
-        decider.rebuild(room)
+        try:
+            decider.rebuild(room)
+        except BaseException:
+            state.close()
+            raise
         self.rooms[topic, partition] = room
 
     def _release(self, topic: str, partition: int) -> None:
         room = self.rooms.pop((topic, partition), None)
+        # Should it come back at once, it is not paused and must be found full anew.
+        self._crowded -= {(topic, partition)}
         if room is not None:
             room.state.close()
 

@@ -34,6 +34,7 @@ from schemas.card_data import redact
 from schemas.events import Action, MoneyEvent
 from schemas.failure import Failure, FatalError
 from schemas.formats import hl7
+from schemas.money import read_minor
 from schemas.wire import Decoder, Encoder
 from sinks.desk import DecisionRefused, build_decision
 from sources import catalog as gateways
@@ -43,6 +44,7 @@ from topics.transaction import Output
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from schemas.money import Money
     from sinks.desk import Open
     from topics.audit import Act, Actor, AuditLog
     from topics.headers import Headers
@@ -308,8 +310,13 @@ def _build_event_version(office_: Office, letter: Letter, edited: bytes) -> Vers
     touched = [name for name in changed if name in _FIXED]
     if touched:
         raise EditRefused(f"it changes {', '.join(touched)}: that is another event.", place=place)
-    if redact(edited, json=True).cards:
+    stored = redact(edited, json=True)
+    if stored.cards or stored.tracks or stored.security_codes:
         raise EditRefused("it holds card data.", place=place)
+    if not _is_money(event.money):
+        raise EditRefused(
+            "its amount is none: whole minor units of a currency, with that currency's exponent.", place=place
+        )
     # Canonical topics share one schema; the letter's headers do not name its topic.
     encoder = Encoder("money_event", office_.find_schema_id(catalog.PAYMENTS, "money_event"))
     try:
@@ -394,6 +401,14 @@ def _read_json(text: bytes) -> Any:
         return msgspec.json.decode(text)
     except msgspec.DecodeError:
         return None
+
+
+def _is_money(money: Money) -> bool:
+    """Whether an amount is one: typed by hand, 500 yen may have become 5.00."""
+    try:
+        return read_minor(money.minor, money.currency) == money
+    except Failure:
+        return False
 
 
 def _compare(before: Any, after: Any) -> tuple[str, ...]:

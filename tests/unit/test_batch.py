@@ -189,6 +189,68 @@ async def test_an_unknown_culprit_is_searched_and_batches_grow_again(feeder):
     assert [call[1] for call in feeder.group.calls if call[0] == "poll"] == [100, 1, 2, 4]
 
 
+async def test_the_only_record_of_a_batch_is_not_blamed_for_a_release_beside_it(feeder):
+    feeder.group.polls = [[record(9)], [record(9)]]
+    batch = await feeder.next_batch()
+    feeder.group.answers = [RecordRefused(None, "MSG_SIZE_TOO_LARGE")]
+    await batch.commit(decide(batch, hops=["T:0:7"]))
+    batch = await feeder.next_batch()
+    assert batch.refused == set(), "nobody knows yet which it was"
+    feeder.group.answers = [RecordRefused(1, "MSG_SIZE_TOO_LARGE", "T:0:7")]
+    await batch.commit(decide(batch, hops=["T:0:7"]))
+    feeder.group.polls = [[record(9)]]
+    assert (await feeder.next_batch()).refused == {"T:0:7"}
+
+
+async def test_an_aborted_transaction_is_followed_by_smaller_ones(feeder):
+    """One that was too large for its time-out would be tried again for ever."""
+    for _ in range(8):
+        feeder.group.polls = [[record(0)]]
+        feeder.group.answers = [TransactionAborted("a record was not acknowledged")]
+        batch = await feeder.next_batch()
+        await batch.commit(decide(batch))
+    await feeder.next_batch()
+    limits = [call[1] for call in feeder.group.calls if call[0] == "poll"]
+    assert limits == [100, 50, 25, 12, 6, 3, 1, 1, 1]
+
+
+async def test_a_full_waiting_room_that_comes_back_within_one_poll_is_paused_again(feeder):
+    key, paused = ("raw.stripe", 0), []
+
+    async def pause(partitions):
+        paused.append(partitions)
+
+    async def resume(partitions):
+        assert partitions == []
+
+    feeder.group.pause, feeder.group.resume = pause, resume
+    feeder._waiting_limit = 1
+    feeder.rooms[key].waiting.hold(Held("T:0:1", "e", "PATIENT_UNKNOWN", "p", 0))
+    full = feeder.rooms[key].waiting
+    await feeder.next_batch()
+    feeder.rooms[key].state = SimpleNamespace(close=lambda: None)
+    feeder._release(*key)
+    feeder.rooms[key] = Room(None, full)
+    await feeder.next_batch()
+    assert paused == [[key], [key]]
+
+
+async def test_a_store_is_closed_when_its_waiting_room_cannot_be_read(feeder, monkeypatch):
+    closed = []
+    state = SimpleNamespace(load=lambda _kafka: None, close=lambda: closed.append(1))
+    monkeypatch.setattr("streams.feeder.PartitionState", lambda *_: state)
+
+    def rebuild(_room):
+        raise TemporaryError("down.", place="registry")
+
+    feeder.deciders["raw.stripe"].rebuild = rebuild
+    feeder.rooms.clear()
+    with pytest.raises(TemporaryError):
+        feeder._load("raw.stripe", 0)
+    assert closed == [1]
+    assert not feeder.rooms
+
+
 async def test_suspects_are_read_one_by_one_also_when_their_partition_came_during_the_poll(feeder):
     for _ in range(3):
         feeder.suspects.open()
@@ -232,7 +294,7 @@ async def test_a_refused_dead_letter_stops_the_worker(feeder):
     for _ in range(2):
         feeder.group.polls = [[record(0)]]
         batch = await feeder.next_batch()
-        feeder.group.answers = [RecordRefused(0, "MSG_SIZE_TOO_LARGE")]
+        feeder.group.answers = [RecordRefused(0, "MSG_SIZE_TOO_LARGE", "T:0:0")]
         if "T:0:0" in batch.refused:
             with pytest.raises(DeadLetterRefused):
                 await batch.commit(decide(batch))
