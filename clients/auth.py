@@ -280,7 +280,8 @@ class OAuthCredential:
         self._clock = clock
         self._token: _Token | None = None
         self._generation = 0
-        self._unstored: StoredToken | None = None
+        self._unstored: tuple[StoredToken, StoredToken | None] | None = None
+        """A token that is not on disk yet, and what is there in its place."""
         self._running: asyncio.Task[_Token] | None = None
         self._refusal: AuthFailure | None = None
         self._refused_at = -math.inf
@@ -359,22 +360,23 @@ class OAuthCredential:
             if stored is not None and stored.seed != self._fingerprint:
                 stored = None
             unstored, self._unstored = self._unstored, None
-            if unstored is not None and (stored is None or stored.issued_at <= unstored.issued_at):
-                return await self._store(vault, unstored)
+            # Not by their times: the clock may have been set back, and the newer refresh token alone works.
+            if unstored is not None and unstored[1] == stored:
+                return await self._store(vault, *unstored)
             if stored is not None and self._is_newer(stored, stale):
                 return stored
             refresh = (stored.refresh if stored is not None else None) or self._seed
             fetched = await self._fetch(refresh if self._recipe.refreshes else None)
-            return await self._store(vault, fetched)
+            return await self._store(vault, fetched, stored)
 
     def _is_newer(self, stored: StoredToken, stale: _Token | None) -> bool:
         if stale is not None and stored.access.get_secret_value() == stale.access.get_secret_value():
             return False
         return not _Token(stored.access, stored.issued_at, stored.expires_at, 0).is_due(self._clock())
 
-    async def _store(self, vault: Vault, fetched: StoredToken) -> StoredToken:
+    async def _store(self, vault: Vault, fetched: StoredToken, replaced: StoredToken | None) -> StoredToken:
         # Kept until it is on disk: with the old refresh token dead, this may be the only one that works.
-        self._unstored = fetched
+        self._unstored = fetched, replaced
         try:
             await asyncio.to_thread(vault.write, fetched)
         except OSError:

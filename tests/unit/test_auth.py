@@ -516,6 +516,22 @@ class TestRotation:
         assert len(issuer.asked) == 1
         assert vault.read().refresh.get_secret_value() == "refresh-1"
 
+    async def test_an_unstored_token_is_not_lost_to_a_clock_set_back(self, clock, vault, monkeypatch):
+        issuer = Issuer(clock)
+        credential = make_refreshing(issuer, clock, vault)
+        assert await read_access(credential) == "access-1"
+        issuer.valid.clear()
+        clock.now -= 7200
+        refused = await credential.authorise()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", lambda _old, _new: (_ for _ in ()).throw(OSError(28, "full")))
+            with pytest.raises(AuthFailure):
+                await credential.renew(refused)
+        clock.now += 2
+        assert (await credential.renew(refused)).headers["authorization"] == "Bearer access-2"
+        assert vault.read().refresh.get_secret_value() == "refresh-2"
+        assert len(issuer.asked) == 2
+
     async def test_an_unstored_token_gives_way_to_a_newer_stored_one(self, clock, vault, monkeypatch):
         issuer = Issuer(clock)
         credential = make_refreshing(issuer, clock, vault)
