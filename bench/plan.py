@@ -14,6 +14,7 @@ GUESSED_RATES = {
     "mapping": 15_000,
     "two-processes": 12_000,
     "kafka-streams": 30_000,
+    "kafka-streams-documented": 25_000,
     "quixstreams": 18_000,
     "quixstreams-documented": 12_000,
     "faust": 2_000,
@@ -47,6 +48,28 @@ def estimate_minutes(options: argparse.Namespace, last: dict[str, Any]) -> float
         if not options.no_scaling:
             seconds += options.events / 2 * LOAD_SECONDS
             seconds += sum(_run("full", options.events // part, last) for part in (4, 2))
+    return seconds / 60
+
+
+GUESSED_POSTS = {"deliverer": 700, "aiohttp": 1_000, "httpx": 150}
+"""Posts a second against a server that answers after 50 ms."""
+TRIAL_SECONDS = 12.0
+"""Topics, a server and a contender of one posting run, and reading its outcomes."""
+ENTITY_SECONDS = 30.0
+"""The hour of virtual time."""
+
+
+def estimate_posting_minutes(options: argparse.Namespace, last: dict[str, Any]) -> float:
+    """The same for ``python -m bench.posting``."""
+    seconds = 0.0 if options.no_entity else ENTITY_SECONDS * options.hours
+    if options.delays:
+        seconds += START_SECONDS
+    for delay in options.delays:
+        known = last.get("results", {}).get(f"{delay}ms", {})
+        for name in options.only:
+            rate = known.get(name, {}).get("posts_per_second") or GUESSED_POSTS[name]
+            seconds += TRIAL_SECONDS + options.events / rate
+            seconds += options.latency_seconds + TRIAL_SECONDS if options.latency_seconds else 0.0
     return seconds / 60
 
 

@@ -24,10 +24,11 @@ from confluent_kafka import Producer
 from rich.console import Console
 from rich.table import Table
 
-from bench.__main__ import QUIET_CORES, describe_machine
 from bench.ground import PARTITIONS, ROOT, BenchBroken, Ground, find_free_port
+from bench.machine import QUIET_CORES, describe_machine, describe_plan, read_last
 from bench.meter import Mark, Meter, compare_marks, compare_threads, find_percentile
 from bench.one_entity import measure_one_entity
+from bench.plan import estimate_posting_minutes
 from bench.posting_plan import LATE_SHARE, REFUSED_SHARE, Plan, choose_plan
 from bench.profiler import sample, write_summary
 from bench.webhooks import BORN, FACILITIES, TENANT, Traffic, write_mrn
@@ -73,13 +74,13 @@ def main() -> int:
     """Exit code: 0 when every contender posted everything exactly once, 1 otherwise."""
     options = parse_options()
     console = Console(width=140)
-    report: dict[str, Any] = describe_machine(options) | {
-        "command": " ".join(["python -m bench.posting", *sys.argv[1:]]),
+    report: dict[str, Any] = describe_machine("bench.posting", options.events) | {
         "connections": CONNECTIONS,
         "failing": {"refused_503": REFUSED_SHARE, "answered_late": LATE_SHARE},
         "results": {},
     }
-    report.pop("quoted")
+    report["planned_minutes"] = estimate_posting_minutes(options, read_last(RESULTS / "posting.json"))
+    console.print(describe_plan(report))
     if not options.no_entity:
         report["one_entity"] = measure_one_entity(options.hours)
         console.print(f"one entity: {report['one_entity']}", markup=False)
@@ -347,15 +348,8 @@ connections = {CONNECTIONS}
         return told
 
     def _await_ready(self, process: subprocess.Popen[bytes]) -> None:
-        if not self._rate:
-            return
-        port, until = self._settings.health.deliverer, time.monotonic() + 90
-        while True:
-            with contextlib.suppress(OSError), _DIRECT.open(f"http://127.0.0.1:{port}/ready", timeout=2):
-                return
-            if process.poll() is not None or time.monotonic() > until:
-                raise BenchBroken(f"the deliverer does not get ready:\n{self._ground.read_log(process)}")
-            time.sleep(0.1)
+        if self._rate:
+            self._ground.await_ready(process, self._settings.health.deliverer)
 
     def _read_outcomes(self) -> Iterator[DeliveryOutcome]:
         decoder = Decoder("delivery_outcome", DeliveryOutcome, self._registry.find_schema)

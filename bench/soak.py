@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from bench.collector import watch_collector
 from bench.ground import RAW, BenchBroken, Ground
-from bench.meter import Meter, read_busy
-from bench.outputs import Checker, WrongOutput, read_records
+from bench.meter import Meter, find_percentile, read_busy
+from bench.outputs import WrongOutput
 from bench.plan import CHECK_SECONDS, START_SECONDS
-from bench.scenario import MUST_BE_EMPTY
+from bench.scenario import check_output
 from bench.scenarios import ours_full
-from bench.trend import average_blocks, fit_slope
+from bench.trend import average_blocks, find_steps, fit_slope
 from bench.webhooks import Traffic
 from topics import catalog
 
@@ -38,6 +38,9 @@ SAMPLE_SECONDS = 5.0
 BLOCK_SECONDS = 30.0
 LIMIT_BYTES = 1.0
 """Private memory may grow by less than this per event: the smallest object Python can lose is 16 bytes."""
+
+STEP_MIB = 0.5
+"""A rise of private memory from one block to the next that is told apart, with the backlog of that time."""
 
 LAG_SECONDS = 5.0
 """A worker further behind than this many seconds of traffic is not at a steady rate: its queues fill, up to a bound."""
@@ -101,7 +104,7 @@ class Soak:
         sent = json.loads(sender.stdout.read())
         if sent["sent"] != self._count:
             raise BenchBroken(f"{sent['sent']} of {self._count} events were sent")
-        self._await_end(worker)
+        ground.await_committed(worker, ours_full.SCENARIO.group)
         cpu, seconds = meter.read_cpu(), time.monotonic() - began
         busy = (read_busy() - busy) / seconds
         ground.stop(worker)
@@ -124,31 +127,13 @@ class Soak:
                           f"mapped {reading['file_mib']:6.1f} MiB  lag {reading['lag']:.0f}", flush=True)  # fmt: skip
                 time.sleep(SAMPLE_SECONDS)
 
-    def _await_end(self, worker: Popen[bytes]) -> None:
-        ends = self._ground.read_ends(RAW)
-        until = time.monotonic() + 120
-        with contextlib.closing(self._ground.watch(ours_full.SCENARIO.group, RAW)) as progress:
-            while not progress.has_committed(RAW, ends):
-                if worker.poll() is not None or time.monotonic() > until:
-                    raise BenchBroken(f"the worker stays behind:\n{self._ground.read_log(worker)}")
-                time.sleep(0.2)
-
     def _check(self) -> str:
         """``right``, or what is wrong with the output."""
-        ground = self._ground
-        checker = Checker(
-            ground.traffic,
-            ground.hops[RAW],
-            topic_id=ground.find_topic_id(RAW),
-            mapping_version=ground.mapping_version,
-            schema_id=ground.schema_ids[f"{catalog.PAYMENTS}-value"],
-        )
         try:
-            checker.check_events(read_records(ground.bootstrap, catalog.PAYMENTS), enriched=True)
+            check_output(self._ground, ours_full.SCENARIO, catalog.PAYMENTS)
         except WrongOutput as error:
             return str(error)
-        full = [topic for topic in MUST_BE_EMPTY if any(ground.read_ends(topic).values())]
-        return f"there are records in {', '.join(full)}" if full else "right"
+        return "right"
 
     def _build_report(self, code: int, cpu: float, busy: float, sent: dict[str, Any]) -> dict[str, Any]:
         counted = [one for one in self._readings if one["at"] >= self._options.warm_minutes * 60]
@@ -159,7 +144,8 @@ class Soak:
             slopes[name] = asdict(fit_slope(blocks))
         anon = slopes["anon_mib"]
         limit = LIMIT_BYTES * hourly / 2**20
-        lag = max(one["lag"] for one in counted)
+        lags = sorted(one["lag"] for one in counted)
+        lag = lags[-1]
         if lag > LAG_SECONDS * self._options.rate:
             verdict = "the worker was behind: fetched records filled its queues"
         else:
@@ -183,6 +169,9 @@ class Soak:
             "private_mib_peak": max(one["anon_mib"] for one in counted),
             "threads_last": counted[-1]["threads"],
             "largest_lag": lag,
+            "lag_p50": find_percentile(lags, 0.5),
+            "lag_p99": find_percentile(lags, 0.99),
+            "steps": describe_steps(counted),
             "cpu_per_million": cpu / self._count * 1e6,
             "collector": collector,
             "collector_cpu_per_million": spent / self._count * 1e6,
@@ -191,6 +180,16 @@ class Soak:
             "load": [round(value, 2) for value in os.getloadavg()],
             "readings": [{name: round(value, 2) for name, value in one.items()} for one in self._readings],
         }
+
+
+def describe_steps(readings: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Steps of private memory: minute, height in MiB, and the largest backlog in that block and the one before."""
+    blocks = average_blocks([(one["at"], one["anon_mib"]) for one in readings], BLOCK_SECONDS)
+    steps = []
+    for at, height in find_steps(blocks, STEP_MIB):
+        near = [one["lag"] for one in readings if -1.5 * BLOCK_SECONDS <= one["at"] - at <= BLOCK_SECONDS / 2]
+        steps.append({"minute": at / 60, "mib": height, "largest_lag": max(near)})
+    return steps
 
 
 def read_memory(pid: int) -> dict[str, float]:
@@ -212,12 +211,17 @@ def _split(text: str) -> Iterator[tuple[str, str]]:
 def print_report(report: dict[str, Any]) -> None:
     """The figures for people."""
     anon, mapped, collector = report["private_mib_per_hour"], report["mapped_mib_per_hour"], report["collector"]
-    print(f"output: {report['output']}; exit code {report['exit_code']}; largest lag {report['largest_lag']:.0f}")
+    print(f"output: {report['output']}; exit code {report['exit_code']}")
+    print(f"backlog: half of the readings below {report['lag_p50']:.0f} records, 99 % below {report['lag_p99']:.0f}, "
+          f"largest {report['largest_lag']:.0f}")  # fmt: skip
     print(
         f"private memory: {report['private_mib_last']:.1f} MiB, {anon['value']:+.1f} MiB/h "
         f"(95 %: {anon['low']:+.1f} to {anon['high']:+.1f}), {report['private_bytes_per_event']:+.2f} bytes an event; "
         f"limit {report['limit_mib_per_hour']:.1f} MiB/h: {report['verdict']}"
     )
+    steps = (f"{one['mib']:+.1f} MiB at minute {one['minute']:.1f} (backlog up to {one['largest_lag']:.0f})"
+             for one in report["steps"])  # fmt: skip
+    print(f"steps above {STEP_MIB} MiB: {', '.join(steps) or 'none'}")
     print(f"pages of local stores in memory: {mapped['value']:+.1f} MiB/h")
     runs = ", ".join(
         f"{one['collections']} of generation {number} "

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.environments import PROGRAMS, ensure_environment
-from bench.ground import ROOT, BenchBroken, Ground
+from bench.ground import ROOT, BenchBroken, Ground, produce
 from bench.programs.local_store import make_entry
 from bench.webhooks import Traffic
 from topics import catalog
@@ -95,13 +95,7 @@ def write_changelog(ground: Ground, topic: str, numbers: range, order: str) -> N
     )
     for number in numbers:
         key, value = make_entry(number, order)
-        while True:
-            try:
-                producer.produce(topic, value, key, 0)
-            except BufferError:
-                producer.poll(0.1)
-            else:
-                break
+        produce(producer, topic, value, key, 0)
     if producer.flush(120):
         raise BenchBroken("the changelog could not be written")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ def average_blocks(points: Sequence[tuple[float, float]], seconds: float) -> lis
         (sum(at for at, _ in block) / len(block), sum(value for _, value in block) / len(block))
         for _, block in sorted(blocks.items())
     ]
+
+
+def find_steps(points: Sequence[tuple[float, float]], least: float) -> list[tuple[float, float]]:
+    """Time and height of every rise by more than ``least`` from one point to the next: what a slope may rest on."""
+    return [(at, value - before) for (_, before), (at, value) in pairwise(points) if value - before > least]
 
 
 def fit_slope(points: Sequence[tuple[float, float]]) -> Slope:

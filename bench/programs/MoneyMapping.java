@@ -14,25 +14,19 @@ import java.util.HexFormat;
 import java.util.LinkedHashMap;
 import java.util.Locale;
 import java.util.Map;
-import java.util.Properties;
-import java.util.concurrent.CountDownLatch;
 import org.apache.kafka.common.header.Headers;
 import org.apache.kafka.common.header.internals.RecordHeaders;
 import org.apache.kafka.common.serialization.ByteArrayDeserializer;
 import org.apache.kafka.common.serialization.ByteArraySerializer;
-import org.apache.kafka.streams.KafkaStreams;
-import org.apache.kafka.streams.StreamsConfig;
 import org.apache.kafka.streams.Topology;
-import org.apache.kafka.streams.errors.StreamsUncaughtExceptionHandler.StreamThreadExceptionResponse;
 import org.apache.kafka.streams.processor.api.Processor;
 import org.apache.kafka.streams.processor.api.ProcessorContext;
 import org.apache.kafka.streams.processor.api.Record;
 import org.apache.kafka.streams.processor.api.RecordMetadata;
 
 /**
- * The worker's mapping in Java, as fast as is reasonable: a streaming JSON parser, Avro bytes written by hand, exactly
- * once (v2), one stream thread. Arguments: bootstrap, raw topic, output topic, application id, raw topic's id, schema
- * id, mapping version, state folder.
+ * The worker's mapping in Java, as fast as is reasonable: a streaming JSON parser, Avro bytes written by hand.
+ * Arguments: those of {@link Application}.
  */
 public final class MoneyMapping {
     private static final Map<String, String[]> ACCOUNTS =
@@ -43,33 +37,12 @@ public final class MoneyMapping {
         DateTimeFormatter.ofPattern("yyyy-MM-dd'T'HH:mm:ss.SSS'Z'").withZone(ZoneOffset.UTC);
 
     public static void main(String[] arguments) throws InterruptedException {
-        Properties settings = new Properties();
-        settings.put(StreamsConfig.BOOTSTRAP_SERVERS_CONFIG, arguments[0]);
-        settings.put(StreamsConfig.APPLICATION_ID_CONFIG, arguments[3]);
-        settings.put(StreamsConfig.STATE_DIR_CONFIG, arguments[7]);
-        settings.put(StreamsConfig.PROCESSING_GUARANTEE_CONFIG, StreamsConfig.EXACTLY_ONCE_V2);
-        settings.put(StreamsConfig.NUM_STREAM_THREADS_CONFIG, 1);
-        settings.put("auto.offset.reset", "earliest");
-        settings.put("producer.compression.type", "lz4");
-        settings.put("producer.acks", "all");
         Topology topology = new Topology();
         topology.addSource("raw", new ByteArrayDeserializer(), new ByteArrayDeserializer(), arguments[1]);
         topology.addProcessor(
             "map", () -> new Mapper(arguments[4], Integer.parseInt(arguments[5]), arguments[6]), "raw");
         topology.addSink("canonical", arguments[2], new ByteArraySerializer(), new ByteArraySerializer(), "map");
-        KafkaStreams streams = new KafkaStreams(topology, settings);
-        CountDownLatch done = new CountDownLatch(1);
-        streams.setUncaughtExceptionHandler(error -> {
-            error.printStackTrace();
-            Runtime.getRuntime().halt(1);
-            return StreamThreadExceptionResponse.SHUTDOWN_CLIENT;
-        });
-        Runtime.getRuntime().addShutdownHook(new Thread(() -> {
-            streams.close();
-            done.countDown();
-        }));
-        streams.start();
-        done.await();
+        Application.run(topology, arguments);
     }
 
     private static final class Mapper implements Processor<byte[], byte[], byte[], byte[]> {

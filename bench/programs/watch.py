@@ -1,4 +1,4 @@
-"""A read_committed subscriber of the canonical topic: how old is each event when it becomes visible."""
+"""A read_committed subscriber of the raw log and of the canonical topic: how old is each record when it is visible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from confluent_kafka import Consumer, TopicPartition
 
 
 def main() -> None:
-    """Read ``count`` events from the given offsets on; print their ages in milliseconds, ordered."""
+    """Read ``count`` records of each topic from the given offsets on; print three lists of milliseconds, ordered.
+
+    ``raw``: age of a raw record, from the time its sender stamped; ``canonical``: age of its event; ``added``: from raw
+    record visible to event visible, event by event. Both are read by one consumer, so its own delay is in both.
+    """
     arguments = json.loads(sys.argv[1])
     consumer = Consumer(
         {
@@ -22,14 +26,21 @@ def main() -> None:
             "fetch.wait.max.ms": 5,
         }
     )
+    raw_topic, topic = arguments["raw"], arguments["topic"]
     consumer.assign(
-        [TopicPartition(arguments["topic"], int(partition), offset) for partition, offset in arguments["from"].items()]
+        [
+            TopicPartition(name, int(partition), offset)
+            for name, begins in arguments["from"].items()
+            for partition, offset in begins.items()
+        ]
     )
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    ages: list[float] = []
-    deadline = time.monotonic() + arguments["seconds"]
-    while len(ages) < arguments["count"] and time.monotonic() < deadline:
+    # By key, which is one event's alone: when it was seen, and when its sender stamped it.
+    raw: dict[bytes, float] = {}
+    canonical: dict[bytes, tuple[float, float]] = {}
+    count, deadline = arguments["count"], time.monotonic() + arguments["seconds"]
+    while (len(raw) < count or len(canonical) < count) and time.monotonic() < deadline:
         first = consumer.poll(0.1)
         if first is None:
             continue
@@ -38,9 +49,18 @@ def main() -> None:
         for message in messages:
             if message.error() is not None:
                 raise SystemExit(message.error().name())
-            ages.append(now - int(dict(message.headers())["ingest_time"]))
+            if message.topic() == raw_topic:
+                raw[message.key()] = now
+            elif message.topic() == topic:
+                canonical[message.key()] = now, float(dict(message.headers())["ingest_time"])
     consumer.close()
-    sys.stdout.write(json.dumps(sorted(ages)))
+    both = [(raw[key], seen, stamped) for key, (seen, stamped) in canonical.items() if key in raw]
+    report = {
+        "raw": sorted(visible - stamped for visible, _, stamped in both),
+        "canonical": sorted(seen - stamped for _, seen, stamped in both),
+        "added": sorted(seen - visible for visible, seen, _ in both),
+    }
+    sys.stdout.write(json.dumps(report))
 
 
 if __name__ == "__main__":

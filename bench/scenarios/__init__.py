@@ -21,6 +21,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ours_full.SCENARIO,
     ours_mapping.SCENARIO,
     kafka_streams.SCENARIO,
+    kafka_streams.DOCUMENTED,
     quix.SCENARIO,
     quix.DOCUMENTED,
     faust_stock.SCENARIO,

@@ -13,13 +13,18 @@ import msgspec
 import pytest
 
 from bench.codecs import list_decoders, list_writers
+from bench.environments import read_java_parts
+from bench.ground import BenchBroken
+from bench.latency import describe_ages
 from bench.meter import Mark, build_ratios, compare_marks, compare_threads, find_percentile
 from bench.outputs import SCHEMA, Checker, WrongOutput, parse_schema
-from bench.plan import GUESSED_RATES, estimate_minutes
+from bench.plan import GUESSED_RATES, estimate_minutes, estimate_posting_minutes
 from bench.profiler import sum_up, write_summary
 from bench.programs.local_store import Runs
+from bench.scenario import Run, Scenario, compare_shares, has_idle_process
 from bench.scenarios import SCENARIOS
-from bench.trend import average_blocks, fit_slope
+from bench.soak import describe_steps
+from bench.trend import average_blocks, find_steps, fit_slope
 from bench.webhooks import Traffic, expect_event, expect_headers, read_number
 from schemas.events import MoneyEvent
 
@@ -171,6 +176,7 @@ def test_ratios_leave_out_contenders_without_a_result():
         "full": {"cpu_per_million": 30.0, "whole_run": {"cpu_per_million": 33.0}},
         "mapping": {"cpu_per_million": 20.0, "whole_run": {"cpu_per_million": 22.0}},
         "kafka-streams": {"cpu_per_million": 25.0, "whole_run": {"cpu_per_million": 44.0}},
+        "kafka-streams-documented": {"cpu_per_million": 40.0, "whole_run": {"cpu_per_million": 55.0}},
         "quixstreams": {"error": "WrongOutput"},
         "passthrough": {"cpu_per_million": 10.0, "whole_run": {"cpu_per_million": 11.0}},
     }
@@ -180,12 +186,69 @@ def test_ratios_leave_out_contenders_without_a_result():
             "cpu_per_event_vs_kafka_streams_whole_run": 0.5,
             "full_cpu_per_event_vs_kafka_streams": 1.2,
             "full_cpu_per_event_vs_kafka_streams_whole_run": 0.75,
+            "cpu_per_event_vs_kafka_streams_documented": 0.5,
+            "cpu_per_event_vs_kafka_streams_documented_whole_run": 0.4,
+            "full_cpu_per_event_vs_kafka_streams_documented": 0.75,
+            "full_cpu_per_event_vs_kafka_streams_documented_whole_run": 0.6,
             "passthrough_ratio": 3.0,
             "passthrough_ratio_whole_run": 3.0,
             "mapping_passthrough_ratio": 2.0,
             "mapping_passthrough_ratio_whole_run": 2.0,
         }
     )
+
+
+def test_both_java_programs_run_on_the_same_kafka_streams():
+    parts = read_java_parts()
+    plain, documented = (
+        {artifact.coordinate for artifact in parts[name].files}
+        for name in ("kafka-streams", "kafka-streams-documented")
+    )
+    assert {one for one in plain if ".kafka:" in one} == {one for one in documented if ".kafka:" in one} != set()
+    assert any(one.startswith("org.apache.avro:avro:") for one in documented)
+
+
+def read_mark(events, cpu, shares=()):
+    return Mark(float(events), events, cpu, 0.0, 0.0, shares=dict(shares))
+
+
+def run_in_two():
+    scenario = Scenario(
+        name="two", title="", group="", command=lambda _ground, _arguments: [], transactional=True, processes=2
+    )
+    return Run(None, scenario)
+
+
+def test_two_processes_count_only_while_both_have_work():
+    start, warm, last, end = (read_mark(events, 0.0) for events in (0, 300, 550, 1000))
+    window = run_in_two()._build_window(start, warm, last, end)
+    assert (window.warm, window.last, window.end) == (warm, last, end)
+    for unshared in ((None, None), (warm, None), (read_mark(301, 0.0), last)):
+        with pytest.raises(BenchBroken, match="side by side"):
+            run_in_two()._build_window(start, *unshared, end)
+
+
+def test_a_process_is_idle_when_all_its_partitions_are_written():
+    owners, ends = [frozenset({0, 2}), frozenset({1, 3})], dict.fromkeys(range(4), 10)
+    assert not has_idle_process(owners, {0: 10, 1: 10, 2: 9, 3: 9}, ends)
+    assert has_idle_process(owners, {0: 9, 1: 11, 2: 9, 3: 10}, ends)
+
+
+def test_a_process_that_did_little_spoils_the_figures():
+    warm = read_mark(0, 0.0, {1: 0.5, 2: 1.0, 3: 1.0})
+    assert compare_shares(warm, read_mark(9, 0.0, {1: 0.6, 2: 5.0, 3: 4.0}), 2) == [4.0, 3.0]
+    with pytest.raises(BenchBroken, match=r"not shared: 4\.0 CPU s, 0\.5 CPU s"):
+        compare_shares(warm, read_mark(9, 0.0, {1: 0.5, 2: 5.0, 3: 1.5}), 2)
+    with pytest.raises(BenchBroken, match="not shared"):
+        compare_shares(warm, read_mark(9, 0.0, {2: 5.0}), 2)
+
+
+def test_latency_is_told_with_and_without_what_everyone_pays():
+    seen = {"canonical": [20.0, 30.0], "added": [15.0, 24.0], "raw": [5.0, 6.0]}
+    figures = describe_ages(seen, 2)
+    assert (figures["p50_ms"], figures["added_p99_ms"], figures["raw_max_ms"]) == (20.0, 24.0, 6.0)
+    with pytest.raises(BenchBroken, match="1 of 2 events came"):
+        describe_ages(seen | {"added": [15.0]}, 2)
 
 
 def test_a_profile_is_summed_up_by_thread_and_function():
@@ -250,6 +313,15 @@ def test_blocks_are_means_of_time_and_value():
     assert average_blocks(points, 30.0) == [(2.5, 2.0), (45.0, 15.0)]
 
 
+def test_steps_are_rises_between_neighbours_and_come_with_the_backlog_of_their_time():
+    assert find_steps([(0.0, 1.0), (1.0, 1.4), (2.0, 3.0), (3.0, 1.0)], 0.5) == [(2.0, pytest.approx(1.6))]
+    readings = [
+        {"at": at, "anon_mib": 10.0 if at < 90 else 12.0, "lag": lag}
+        for at, lag in ((20.0, 9000.0), (40.0, 1.0), (70.0, 700.0), (100.0, 5.0), (130.0, 8000.0))
+    ]
+    assert describe_steps(readings) == [{"minute": pytest.approx(100 / 60), "mib": 2.0, "largest_lag": 700.0}]
+
+
 def test_sorted_runs_keep_the_latest_entry_of_a_key(tmp_path):
     runs = Runs(str(tmp_path / "store"))
     runs.add([(b"b", b"1"), (b"a", b"1"), (b"b", b"2")])
@@ -279,3 +351,16 @@ def test_the_plan_grows_with_the_events_and_believes_the_last_run():
     options.events = 2_000_000
     assert estimate_minutes(options, {}) > first * 1.5
     assert set(GUESSED_RATES) == {scenario.name for scenario in SCENARIOS}
+
+
+def test_the_plan_of_posting_counts_every_contender_at_its_own_rate():
+    options = argparse.Namespace(
+        only=["httpx"], delays=[50], events=6_000, latency_seconds=0.0, no_entity=True, hours=1.0
+    )
+    slow, fast = (
+        estimate_posting_minutes(options, {"results": {"50ms": {"httpx": {"posts_per_second": rate}}}})
+        for rate in (50, 100)
+    )
+    assert slow - fast == pytest.approx(1.0)
+    options.delays = [50, 50]
+    assert estimate_posting_minutes(options, {}) > fast
