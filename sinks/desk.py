@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from schemas.events import Action, Decision
-from schemas.failure import FatalError
-from schemas.wire import Encoder
+from schemas.failure import Failure, FatalError
+from schemas.wire import Decoder, Encoder
 from sinks.attempts import BEHIND_ENTITY, Entry, Ruling, State, decode_entry
 from topics import catalog
 from topics.reading import Record, read_to_end
 from topics.transaction import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from topics.cluster import KafkaSettings
 
@@ -62,6 +62,12 @@ class Open:
         entry = self.entry
         return entry.state == State.PARKED and entry.code != BEHIND_ENTITY and not entry.may_have_landed
 
+    def awaits(self, decision: Decision) -> bool:
+        """Whether its deliverer has this decision still to take; one about an attempt that is over it never takes."""
+        entry = self.entry
+        named = (decision.event_id, decision.topic, decision.offset, decision.attempt, decision.round)
+        return named == (self.event_id, entry.topic, entry.offset, entry.number, entry.round)
+
     def check(self, action: Action) -> None:
         """Raise ``DecisionRefused`` when the deliverer would refuse this decision now."""
         entry = self.entry
@@ -91,6 +97,8 @@ class TargetBook:
 
     def __init__(self, kafka: KafkaSettings, target: str, partitions: Sequence[int] | None = None) -> None:
         self.target = target
+        self._kafka = kafka
+        self._decided: frozenset[str] | None = None
         self._events: dict[str, Open] = {}
         for item in read_to_end(kafka, catalog.name_attempts(target), partitions=partitions):
             if not isinstance(item, Record):
@@ -114,6 +122,18 @@ class TargetBook:
         """An unfinished event; None when it is finished here, or was never admitted."""
         return self._events.get(event_id)
 
+    def list_decided(self, find_schema: Callable[[int], str]) -> frozenset[str]:
+        """Events about which a decision is on its way to the deliverer; read once, after the events."""
+        if self._decided is None:
+            decoder = Decoder("decision", Decision, find_schema)
+            decided = set()
+            for item in read_to_end(self._kafka, catalog.name_decisions(self.target)):
+                found = self.find((item.key or b"").decode()) if isinstance(item, Record) else None
+                if found is not None and isinstance(item, Record) and _is_awaited(found, item, decoder):
+                    decided.add(found.event_id)
+            self._decided = frozenset(decided)
+        return self._decided
+
     def list_unknown(self) -> list[Open]:
         """Events whose outcome a person must find out, oldest first."""
         return sorted((known for known in self._events.values() if known.is_unknown), key=lambda k: k.entry.since)
@@ -131,12 +151,24 @@ class TargetBook:
         )
 
 
-def describe_ruling(found: Open | None, decision_id: str) -> str:
-    """What came of a decision, as the ledger tells: ``taken``, ``waiting``, or why it was refused."""
+def _is_awaited(found: Open, record: Record, decoder: Decoder) -> bool:
+    try:
+        return found.awaits(decoder.decode(record.value or b""))
+    except Failure:
+        return False  # its deliverer cannot read it either, and goes on without it
+
+
+OVERTAKEN = "OVERTAKEN"
+"""Another decision was taken first, or the event went on by itself."""
+
+
+def describe_ruling(found: Open | None, decision_id: str, asked: Open) -> str:
+    """What came of a decision about ``asked``, as the ledger tells: ``taken``, ``waiting``, or why it was refused."""
     if found is None:
         return "taken"
     if found.entry.decision != decision_id:
-        return "waiting"
+        is_same = (found.entry.number, found.entry.round) == (asked.entry.number, asked.entry.round)
+        return "waiting" if is_same else f"refused: {OVERTAKEN}"
     return "taken" if found.entry.ruling == Ruling.APPLIED else f"refused: {found.entry.ruling}"
 
 

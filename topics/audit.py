@@ -57,16 +57,20 @@ class DeskBusy(TemporaryError):
     """Somebody else acts at the same moment."""
 
     code = "RS280"
-    meaning = "Another command of the desk wrote to `audit` at the same moment; this one changed nothing more."
+    meaning = (
+        "Another command of the desk wrote to `audit` at the same moment, or since this one looked; this one changed "
+        "nothing more."
+    )
     default_remedy = "Look at `remitstream audit list`, then run the command again."
 
 
 class Actor(msgspec.Struct, frozen=True, kw_only=True):
-    """Who acts, and why. ``os_user`` is what the machine says, ``by`` what the person says."""
+    """Who acts, and why. ``os_user`` and ``host`` are what the machine says, ``by`` what the person says."""
 
     os_user: str
     by: str
     why: str
+    host: str = ""
 
     def check(self) -> None:
         """Raise ``ReasonRefused``."""
@@ -84,6 +88,8 @@ class Act(msgspec.Struct, frozen=True, kw_only=True):
     previous: str
     time: int
     os_user: str
+    host: str = ""
+    """Of the machine; empty in records of earlier versions."""
     by: str
     why: str
     act: str
@@ -152,14 +158,17 @@ def verify(kafka: KafkaSettings, key: HmacKey, *, expected: tuple[int, str] | No
 class AuditLog:
     """Writes acts. Only one is open in a deployment: opening one ends the others' right to write.
 
-    Use as a context manager. Blocking.
+    ``seen`` is the number of the last act known when the state was read that is acted on: whoever waives what somebody
+    else redrives meanwhile must look again. Use as a context manager; entering raises ``DeskBusy`` when there are more
+    acts by then. Blocking.
     """
 
-    def __init__(self, kafka: KafkaSettings, key: HmacKey, actor: Actor) -> None:
+    def __init__(self, kafka: KafkaSettings, key: HmacKey, actor: Actor, *, seen: int | None = None) -> None:
         actor.check()
         self._kafka = kafka
         self._key = key
         self._actor = actor
+        self._seen = seen
         self._transactor = _DeskTransactor(kafka, "remitstream.desk")
         self._number = 0
         self._head = ""
@@ -169,6 +178,9 @@ class AuditLog:
         self._transactor.open()
         for record in _read(self._kafka):
             self._number, self._head = _decode(record).number, hash_value(record.value or b"")
+        if self._seen not in (None, self._number):
+            self._transactor.close()
+            raise DeskBusy(f"act {self._number} came after act {self._seen}.", place=AUDIT)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -186,6 +198,7 @@ class AuditLog:
             previous=self._head,
             time=time.time_ns() // 1_000_000,
             os_user=self._actor.os_user,
+            host=self._actor.host,
             by=self._actor.by,
             why=self._actor.why,
             act=act,

@@ -111,7 +111,7 @@ def redrive(
     if actor is None:
         return {"dry_run": True, **told, "would": events}
     size = max(1, per_second // TURNS_PER_SECOND)
-    with office_.open_log(actor) as log:
+    with office_.open_log(actor, seen=book.last_act) as log:
         for start in range(0, len(wanted), size):
             if start:
                 sleep(size / per_second)
@@ -204,7 +204,7 @@ def approve(office_: Office, proposal: Act, actor: Actor) -> dict[str, Any]:
     book = LetterBook(office_)
     is_edit = proposal.act == office.PROPOSE_EDIT
     letters = [_find_open_letter(book, identifier, _OPEN if is_edit else _WAIVABLE) for identifier in proposal.ids]
-    with office_.open_log(actor) as log:
+    with office_.open_log(actor, seen=book.last_act) as log:
         outputs = []
         for letter in letters:
             decision_id = name_decision(log.next_number, letter.id)

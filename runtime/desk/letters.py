@@ -139,6 +139,7 @@ class LetterBook:
     """Every dead letter still kept, with what became of it. Reads `dlq`, `audit` and the ledgers of the targets."""
 
     def __init__(self, office_: Office) -> None:
+        self._office = office_
         self._targets = {target.name for target in office_.settings.targets}
         self._kafka = office_.settings.kafka
         self.books: dict[str, TargetBook] = {}
@@ -149,6 +150,8 @@ class LetterBook:
         self.letters = [letter for letter in self.letters if letter.id not in self.versions]
         told = {(letter.stage, letter.event_id) for letter in self.letters if not letter.is_raw}
         acts = office_.read_acts()
+        self.last_act = acts[-1].number if acts else 0
+        """Number of the last act that is in these states."""
         for target in sorted(self._targets):
             stopped = self.open_book(target).list_stopped()
             self.letters += [_stand_in(found) for found in stopped if (target, found.event_id) not in told]
@@ -210,7 +213,10 @@ class LetterBook:
             return SUPERSEDED
         decisions = [act for act in acts if act.act in (office.REDRIVE, office.APPROVE)]
         if decisions and found.entry.decision != name_decision(decisions[-1].number, letter.id):
-            return DECIDED
+            # Unless it is about an attempt that is over by now: that one is never taken.
+            decided = self.open_book(letter.stage).list_decided(self._office.registry.find_schema)
+            if letter.event_id in decided:
+                return DECIDED
         # Open also after a decision that the deliverer refused; `show` tells its ruling.
         return PARKED if found.is_put_off else ""
 

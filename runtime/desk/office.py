@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import socket
 from typing import TYPE_CHECKING
 
 from schemas import wire
@@ -42,7 +43,8 @@ class SecondPersonNeeded(FatalError):
 
 def find_actor(by: str, why: str) -> Actor:
     """The person at the keyboard, as the operating system and they themselves say. Raises ``ReasonRefused``."""
-    actor = Actor(os_user=pwd.getpwuid(os.getuid()).pw_name, by=by.strip(), why=why.strip())
+    user = pwd.getpwuid(os.getuid()).pw_name
+    actor = Actor(os_user=user, host=socket.gethostname(), by=by.strip(), why=why.strip())
     actor.check()
     return actor
 
@@ -56,13 +58,18 @@ class Office:
         self._schema_ids: dict[str, int] = {}
         self.key = HmacKey(settings.secrets.hmac_key.get_secret_value().encode())
 
-    def open_log(self, actor: Actor) -> AuditLog:
-        """The audit log, for this person's acts; a context manager."""
-        return AuditLog(self.settings.kafka, self.key, actor)
+    def open_log(self, actor: Actor, *, seen: int | None = None) -> AuditLog:
+        """The audit log, for this person's acts; a context manager. With ``seen``, only if that was the last act."""
+        return AuditLog(self.settings.kafka, self.key, actor, seen=seen)
 
     def read_acts(self) -> list[Act]:
         """Everything done so far."""
         return read_acts(self.settings.kafka)
+
+    def find_last_act(self) -> int:
+        """Number of the last act, 0 without any: asked before what is acted on is read."""
+        acts = self.read_acts()
+        return acts[-1].number if acts else 0
 
     def find_schema_id(self, topic: str, schema: str) -> int:
         """Registry id of the schema in force. Raises ``SchemaMissing``."""

@@ -102,13 +102,14 @@ def find_question(office_: Office, key: str) -> Question:
 
 def decide(office_: Office, key: str, way: str, actor: Actor, *, patient: Reference | None = None) -> dict[str, Any]:
     """End a review by ``keep``, ``retry`` or ``patient``."""
+    last_act = office_.find_last_act()
     question = find_question(office_, key)
     if way not in question.list_ways() or way not in _LINKED:
         raise ActRefused(
             f"a review {question.review.reason} is not ended by {way!r}, but by: {', '.join(question.list_ways())}.",
             place=key,
         )
-    with office_.open_log(actor) as log:
+    with office_.open_log(actor, seen=last_act) as log:
         outputs = [*_end(office_, question, Fate.SUPPRESSED, _LINKED[way])]
         if way != KEEP:
             outputs.append(_republish(office_, question, patient))
@@ -131,8 +132,9 @@ def propose_dismissal(office_: Office, keys: Sequence[str], actor: Actor) -> dic
 
 def approve(office_: Office, proposal: Act, actor: Actor) -> dict[str, Any]:
     """Dismiss what was proposed. The caller has checked that this is a second person."""
+    last_act = office_.find_last_act()
     questions = [find_question(office_, key) for key in proposal.ids]
-    with office_.open_log(actor) as log:
+    with office_.open_log(actor, seen=last_act) as log:
         outputs = [output for question in questions for output in _end(office_, question, Fate.IGNORED, "DISMISSED")]
         facts = {"proposal": str(proposal.number), "of": proposal.act, "proposed_by": proposal.by}
         act = log.append(office.APPROVE, proposal.ids, facts, outputs)

@@ -81,10 +81,14 @@ def decide(
         raise ActRefused(
             f"a reference has at most {LONGEST_REFERENCE} characters and no patient or card data.", place="--reference"
         )
-    found = _find(TargetBook(office_.settings.kafka, _check_target(office_, target)), event_id)
+    last_act = office_.find_last_act()
+    book = TargetBook(office_.settings.kafka, _check_target(office_, target))
+    found = _find(book, event_id)
     found.check(action)
+    if event_id in book.list_decided(office_.registry.find_schema):
+        raise ActRefused("a decision about it is on its way to the deliverer.", place=f"{target} {event_id}")
     schema_id = office_.find_schema_id(catalog.name_decisions(target), "decision")
-    with office_.open_log(actor) as log:
+    with office_.open_log(actor, seen=last_act) as log:
         decision_id = name_decision(log.next_number, event_id)
         output = build_decision(found, action, decision_id, schema_id, reference=reference)
         facts = {
@@ -105,7 +109,7 @@ def await_ruling(
     until = time.monotonic() + wait
     while True:
         book = TargetBook(office_.settings.kafka, found.target, partitions=[found.partition])
-        ruling = describe_ruling(book.find(found.event_id), decision_id)
+        ruling = describe_ruling(book.find(found.event_id), decision_id, found)
         if ruling != "waiting" or time.monotonic() >= until:
             return ruling
         sleep(LOOK_PAUSE)

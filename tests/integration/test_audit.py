@@ -14,7 +14,7 @@ from topics.transaction import Output
 pytestmark = pytest.mark.integration
 
 KEY = HmacKey(b"k" * 32)
-ADA = Actor(os_user="ada", by="Ada", why="TICKET-1")
+ADA = Actor(os_user="ada", host="desk-1", by="Ada", why="TICKET-1")
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def test_a_chain_of_two_commands_is_whole(kafka, shared, outside):
     assert (chain.acts, chain.first, chain.last, chain.problems) == (3, 1, 3, [])
     acts = [json.loads(value) for _, value, _ in read_values(outside, shared)]
     assert [act["number"] for act in acts] == [1, 2, 3]
-    assert {(act["by"], act["os_user"], act["why"], act["act"]) for act in acts} == {
-        ("Ada", "ada", "TICKET-1", "dlq.redrive")
+    assert {(act["by"], act["os_user"], act["host"], act["why"], act["act"]) for act in acts} == {
+        ("Ada", "ada", "desk-1", "TICKET-1", "dlq.redrive")
     }
     assert audit.verify(kafka, KEY, expected=(chain.last, chain.head)).problems == []
     assert [act.ids for act in audit.read_acts(kafka)] == [["0:0"], ["0:1"], ["0:0"]]
@@ -125,6 +125,17 @@ def test_two_desks_cannot_fork_the_chain(kafka, shared, outside):
     chain = audit.verify(kafka, KEY)
     assert (chain.acts, chain.problems) == (2, [])
     assert outside(shared).read_topic("dlq") == []
+
+
+def test_who_acts_on_a_state_that_somebody_changed_since_must_look_again(kafka):
+    with AuditLog(kafka, KEY, ADA, seen=0) as log:
+        log.append("dlq.redrive", ["0:1"], {})
+        log.append("dlq.redrive", ["0:2"], {})
+    with pytest.raises(DeskBusy, match="act 2 came after act 1"), AuditLog(kafka, KEY, ADA, seen=1):
+        pass
+    with AuditLog(kafka, KEY, ADA, seen=2) as log:
+        log.append("dlq.redrive", ["0:3"], {})
+    assert audit.verify(kafka, KEY).acts == 3
 
 
 def test_an_act_and_what_it_leads_to_are_one(kafka, shared, outside):

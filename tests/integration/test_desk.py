@@ -18,7 +18,7 @@ from identity.resolution import Known, Unknown
 from runtime.cli import main
 from runtime.desk import dead_letters, reviews, unknown
 from runtime.desk.dead_letters import EditRefused
-from runtime.desk.letters import Choice, LetterBook, group
+from runtime.desk.letters import Choice, LetterBook, group, name_decision
 from runtime.desk.office import ActRefused, Office, SecondPersonNeeded, find_actor
 from runtime.settings import read_settings
 from sandbox.billing import BillingSystem, Mode, ModeKind
@@ -29,6 +29,7 @@ from sinks.catalog import load
 from sinks.desk import DecisionRefused, TargetBook, build_decision
 from sinks.runner import Runner
 from topics import audit
+from topics.audit import DeskBusy
 from topics.registry import Registry
 
 pytestmark = pytest.mark.integration
@@ -133,6 +134,18 @@ class Place:
         while not await asyncio.to_thread(condition):
             assert time.monotonic() < until, f"not reached in time\n{self.deployment.read_logs()}"
             await asyncio.sleep(0.1)
+
+
+class Overtaken(Office):
+    """The desk of somebody slow: others act between what they see and what they do."""
+
+    def __init__(self, settings, others):
+        super().__init__(settings)
+        self.others = others
+
+    def open_log(self, actor, *, seen=None):
+        self.others()
+        return super().open_log(actor, seen=seen)
 
 
 def by(name, why="TICKET-1"):
@@ -323,6 +336,10 @@ async def test_an_event_whose_patient_is_not_resolved_may_be_waived_but_not_redr
         assert (parked.status, parked.code, parked.id) == ("parked", "MRN_UNRESOLVED", f"{NORTH}/{parked.event_id}")
         with pytest.raises(ActRefused, match="parked"):
             await place.desk(dead_letters.redrive, Choice(ids=(parked.id,)), ADA, per_second=1)
+        # Approved while the event went on to its next attempt: the deliverer leaves that decision aside.
+        await asyncio.to_thread(_waive_attempt, place, parked, 7)
+        (left,) = await asyncio.to_thread(place.letters)
+        assert left.status == "parked"
         proposal = await place.desk(dead_letters.propose_waiver, [parked.id], ADA)
         found = await asyncio.to_thread(place.office.find_proposal, proposal["proposal"], by("Grace"))
         await place.desk(dead_letters.approve, found, by("Grace"))
@@ -423,7 +440,12 @@ async def test_reviews_end_as_people_decide(place):
     with pytest.raises(SecondPersonNeeded):
         await asyncio.to_thread(place.office.find_proposal, proposal["proposal"], ADA)
     found = await asyncio.to_thread(place.office.find_proposal, proposal["proposal"], by("Grace"))
-    await place.desk(reviews.approve, found, by("Grace"))
+    # Ada has looked, Grace is quicker: the money is not passed on after all.
+    ends = place.world.read_ends("raw.stripe")
+    slow = Overtaken(place.settings, lambda: reviews.approve(place.office, found, by("Grace")))
+    with pytest.raises(DeskBusy):
+        await asyncio.to_thread(reviews.decide, slow, nobody, "retry", ADA)
+    assert place.world.read_ends("raw.stripe") == ends
     books = await place.settle(lambda books: books.raw.parts["canonical"] == 3 and not books.raw.parts["in_review"])
     assert books.balanced
     assert (books.raw.parts["suppressed"], books.raw.parts["ignored"]) == (3, 1)
@@ -466,3 +488,13 @@ async def test_the_command_line_says_the_same(place, capsys):
 def _at_attempt(found, number):
     """The same event, as if another attempt had been made."""
     return dataclasses.replace(found, entry=msgspec.structs.replace(found.entry, number=number))
+
+
+def _waive_attempt(place, letter, number):
+    """An approved waiver of another attempt than the one that is there now."""
+    found = TargetBook(place.settings.kafka, NORTH).find(letter.event_id)
+    schema_id = place.office.find_schema_id(f"decisions.{NORTH}", "decision")
+    with place.office.open_log(by("Grace")) as log:
+        decision_id = name_decision(log.next_number, letter.id)
+        output = build_decision(_at_attempt(found, number), Action.WAIVE, decision_id, schema_id)
+        log.append("approve", [letter.id], {"proposal": "0", "of": "dlq.waive"}, [output])

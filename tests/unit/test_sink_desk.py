@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from schemas.events import Action
+from schemas.events import Action, Decision
+from schemas.wire import Decoder, load_schema
 from sinks.attempts import BEHIND_ENTITY, Entry
-from sinks.desk import CLOCK_ERROR_SECONDS, DecisionRefused, Open, describe_ruling
+from sinks.desk import CLOCK_ERROR_SECONDS, DecisionRefused, Open, build_decision, describe_ruling
 
 UNKNOWN = (Action.POSTED, Action.NOT_POSTED)
 
@@ -52,8 +53,22 @@ def test_too_early_is_told_with_the_time_left(action):
 
 
 def test_what_came_of_a_decision():
-    assert describe_ruling(None, "d") == "taken"
-    assert describe_ruling(build("REJECTED"), "d") == "waiting"
-    assert describe_ruling(build("PENDING", decision="d", ruling="APPLIED"), "d") == "taken"
-    assert describe_ruling(build("UNKNOWN", decision="d", ruling="TOO_EARLY"), "d") == "refused: TOO_EARLY"
-    assert describe_ruling(build("UNKNOWN", decision="c", ruling="APPLIED"), "d") == "waiting"
+    asked = build("REJECTED", number=2, round=1, decision="c", ruling="APPLIED")
+    assert describe_ruling(None, "d", asked) == "taken"
+    assert describe_ruling(asked, "d", asked) == "waiting"
+    told = {
+        "taken": build("PENDING", number=2, round=2, decision="d", ruling="APPLIED"),
+        "refused: TOO_EARLY": build("UNKNOWN", number=2, round=2, decision="d", ruling="TOO_EARLY"),
+        "refused: OVERTAKEN": build("REJECTED", number=3, round=2, decision="e", ruling="APPLIED"),
+    }
+    assert {ruling: describe_ruling(found, "d", asked) for ruling, found in told.items()} == {r: r for r in told}
+
+
+def test_a_decision_is_awaited_only_at_the_attempt_it_names():
+    found = build("PARKED", code="MRN_UNRESOLVED", number=2, round=1)
+    written = build_decision(found, Action.WAIVE, "d", 1).value
+    decision = Decoder("decision", Decision, lambda _: load_schema("decision")).decode(written)
+    assert found.awaits(decision)
+    later = [{"number": 3, "round": 1}, {"number": 2, "round": 2}]
+    assert not any(build("PARKED", code="MRN_UNRESOLVED", **more).awaits(decision) for more in later)
+    assert not Open("epic", "e2", 0, found.entry).awaits(decision)
