@@ -21,7 +21,7 @@ from topics.reading import Record, TopicReader, read_to_end
 from topics.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from runtime.settings import Settings
 
@@ -142,9 +142,11 @@ def balance_books(settings: Settings, since_ms: int = 0) -> Account:
     """
     books = _Books(settings)
     books.read_raw(since_ms)
+    before = list(books.read_open_fates())
     books.read_canonical()
     for hop, fate, reason in books.read_other_fates():
         books.note(hop, fate, reason)
+    books.note_moved(before)
     raw, by_source = books.balance_raw()
     return Account(raw, books.balance_targets(), dict(books.reasons), by_source)
 
@@ -201,8 +203,17 @@ class _Books:
             self._fates[hop].append(fate)
             self.reasons[f"{fate}:{reason}"] += 1
 
+    def note_moved(self, before: Iterable[tuple[str, str, str]]) -> None:
+        """Give what was open when reading began, and was found nowhere, that fate: it ended while the books were read.
+
+        Its end lies behind what was read of the topic that holds it. One that ended nowhere is a loss the next time.
+        """
+        for hop, fate, reason in before:
+            if self._fates.get(hop) == []:
+                self.note(hop, fate, reason)
+
     def read_other_fates(self) -> Iterator[tuple[str, str, str]]:
-        """(hop, fate, reason) of everything that is not canonical."""
+        """(hop, fate, reason) of everything that is not canonical; last what may still end in one of the others."""
         dispositions = self._scan.build_decoder("disposition", Disposition)
         for record in self._scan.read(catalog.DISPOSITIONS):
             disposition = dispositions.decode(record.value or b"")
@@ -213,6 +224,10 @@ class _Books:
             if find_header(record.headers, headers.DEAD_LETTER_STAGE) in NORMALISE_STAGES:
                 hop = find_header(record.headers, headers.HOP) or ""
                 yield hop, Fate.DEAD_LETTERED, find_header(record.headers, headers.DEAD_LETTER_CODE) or ""
+        yield from self.read_open_fates()
+
+    def read_open_fates(self) -> Iterator[tuple[str, str, str]]:
+        """(hop, fate, reason) of what is in review or waits now; a record that waits may come into review."""
         reviews = self._scan.build_decoder("review", Review)
         for value in self._read_latest(catalog.REVIEWS):
             review = reviews.decode(value)
