@@ -128,10 +128,6 @@ class Source:
     headers: Headers = field(repr=False, default_factory=list)
 
 
-SHELVED: Final = Source(b"", b"", [])
-"""Stands for the source of an event whose bytes are on the shelf. Compared by identity."""
-
-
 class Attempt:
     """One event at the target, as it is in memory. Compared by identity; its repr shows no payload."""
 
@@ -154,7 +150,6 @@ class Attempt:
         "number",
         "offset",
         "outcome",
-        "place",
         "recorded",
         "request",
         "retry_at",
@@ -206,8 +201,6 @@ class Attempt:
         """Whether that call is a look-up, which posts nothing."""
         self.is_queued = False
         """Whether it stands in line to begin."""
-        self.place: int | None = None
-        """Where source and request are on the shelf; they are there and not here when ``is_shelved``."""
         self.recorded = False
         """Whether the changelog holds an entry."""
         self.round = 0
@@ -219,11 +212,6 @@ class Attempt:
 
     def __repr__(self) -> str:
         return f"Attempt({self.event_id}, {self.state}, offset {self.offset}, attempt {self.number})"
-
-    @property
-    def is_shelved(self) -> bool:
-        """Whether source, request and event are on the shelf and must be fetched before they are used."""
-        return self.source is SHELVED
 
     @property
     def waits_for_person(self) -> bool:
@@ -246,24 +234,10 @@ class Attempt:
         return self.state is State.DONE or self.is_stopped
 
 
-def restore_payload(attempt: Attempt, entry: Entry) -> None:
-    """Give an event back its source and its request; the event itself is decoded by whoever needs it."""
-    attempt.source = Source(entry.key or b"", entry.value or b"", entry.headers)
-    attempt.request = None
-    if entry.body is not None:
-        attempt.request = Request(
-            entry.body,
-            entry.control_id,
-            entry.reference,
-            entry.method,
-            entry.url,
-            tuple(entry.request_headers),
-        )
-
-
 def restore_attempt(event_id: str, entry: Entry) -> Attempt:
-    """An event as its changelog entry left it."""
-    attempt = Attempt(event_id, entry.offset, entry.entity, SHELVED, None)
+    """An event as its changelog entry left it; the event itself is decoded by whoever needs it."""
+    source = Source(entry.key or b"", entry.value or b"", entry.headers)
+    attempt = Attempt(event_id, entry.offset, entry.entity, source, None)
     attempt.state = State(entry.state)
     attempt.number = entry.number
     attempt.tries = entry.tries
@@ -279,7 +253,15 @@ def restore_attempt(event_id: str, entry: Entry) -> Attempt:
     attempt.decidable_at = entry.decidable_at
     attempt.decision, attempt.ruling = entry.decision, entry.ruling
     attempt.recorded = True
-    restore_payload(attempt, entry)
+    if entry.body is not None:
+        attempt.request = Request(
+            entry.body,
+            entry.control_id,
+            entry.reference,
+            entry.method,
+            entry.url,
+            tuple(entry.request_headers),
+        )
     return attempt
 
 

@@ -22,7 +22,6 @@ The rules, each of which answers a way to lose or to double a posting:
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from typing import TYPE_CHECKING
 
 from schemas.events import Outcome
@@ -30,7 +29,6 @@ from schemas.failure import FailureKind
 from sinks.attempts import (
     BEHIND_ENTITY,
     NEVER,
-    SHELVED,
     Attempt,
     Entry,
     Failed,
@@ -39,15 +37,12 @@ from sinks.attempts import (
     Source,
     State,
     build_entry,
-    decode_entry,
     encode_entry,
     restore_attempt,
-    restore_payload,
 )
 from sinks.contract import Absent, Answer, Finding, Found, Request, TargetClass, Unclear
 from sinks.policy import Moment, Policy, Step
 from sinks.queues import Queues
-from sinks.shelf import Shelf
 
 if TYPE_CHECKING:
     from schemas.events import MoneyEvent
@@ -79,12 +74,7 @@ class Ledger:
         self.policy = policy
         self.position = 0
         self.frontier = 0
-        self.attempts: dict[str, Attempt] = {}
-        self.shelved = 0
-        """Events whose bytes are on the shelf: stopped, and small in memory."""
-        self.queues = Queues()
-        self._shelf = Shelf()
-        self._line: deque[Attempt] = deque()
+        self.queues = Queues(topic)
         self._dirty: dict[str, Attempt] = {}
         self._reports: list[Report] = []
 
@@ -93,22 +83,17 @@ class Ledger:
     def restore(self, event_id: str, entry: Entry) -> None:
         """Take an entry of the changelog (the last one of its key)."""
         self.forget(event_id)
-        attempt = restore_attempt(event_id, entry)
-        self.attempts[event_id] = attempt
-        if attempt.is_stopped:
-            self._shelve(attempt)
+        self.queues.restore(restore_attempt(event_id, entry))
 
     def forget(self, event_id: str) -> None:
         """Take a tombstone of the changelog."""
-        attempt = self.attempts.pop(event_id, None)
-        if attempt is not None and attempt.is_shelved:
-            self.shelved -= 1
+        self.queues.drop(event_id)
 
     def open(self, frontier: int, moment: Moment) -> None:
         """Begin at the frontier: what was IN_FLIGHT is now UNKNOWN, and nothing of it starts before its writes end."""
         self.position = self.frontier = frontier
         quiet = moment.steady + self.policy.call_deadline + self.policy.session_timeout
-        for attempt in sorted(self.attempts.values(), key=lambda attempt: attempt.offset):
+        for attempt in self.queues.open(moment, quiet):
             if attempt.state is State.DONE:
                 if attempt.offset < frontier:
                     # Finished, and the frontier is past it: only its tombstone is missing.
@@ -119,8 +104,8 @@ class Ledger:
             if attempt.state is State.UNKNOWN and not attempt.decidable_at:
                 attempt.decidable_at = moment.after(quiet - moment.steady).wall
                 self.touch(attempt)
-            self.queues.append(attempt)
-        for entity in self.queues.list_entities():
+            self.queues.insert(attempt)
+        for entity in self.queues.list_waiting():
             for attempt in self.queues.list_of(entity):
                 if attempt.state is State.IN_FLIGHT:
                     attempt.may_have_landed = True
@@ -141,26 +126,20 @@ class Ledger:
         if offset < self.position:
             return None
         self.position = offset + 1
-        known = self.attempts.get(event_id)
-        if known is not None:
-            if known.offset == offset:
-                self._line.append(known)
-                known.event = known.event or event
-            # The same event at another offset is a copy: its outcome is that of the first.
+        if self.queues.meet_again(event_id, offset, event):
             return None
         attempt = Attempt(event_id, offset, entity, source, event)
         attempt.since = moment.wall
-        self.attempts[event_id] = attempt
-        self._line.append(attempt)
+        self.queues.add(attempt)
         return attempt
 
     def line_up(self, attempt: Attempt, moment: Moment) -> None:
         """Put an admitted event in the queue of its entity; it is parked when something stopped before it."""
-        before = self.queues.insert(attempt)
+        is_behind_stopped = self.queues.insert(attempt)
         # Behind a stopped event everything is stopped, so one look is enough.
-        if before is None:
+        if is_behind_stopped is None:
             self.queues.advance(attempt.entity)
-        elif attempt.state is State.PENDING and before.is_stopped:
+        elif attempt.state is State.PENDING and is_behind_stopped:
             self.park_behind(attempt, moment)
 
     def skip(self, attempt: Attempt) -> None:
@@ -173,10 +152,7 @@ class Ledger:
 
     def take(self, room: int, moment: Moment) -> list[Attempt]:
         """Up to ``room`` events whose next step may begin now: to be frozen, started again, or resent."""
-        found = self.queues.take(room, moment)
-        for attempt in found:
-            self.fetch(attempt)
-        return found
+        return self.queues.take(room, moment)
 
     def give_back(self, attempt: Attempt) -> None:
         """An event that was taken cannot begin just now (no room, identity not available)."""
@@ -186,7 +162,6 @@ class Ledger:
         """IN_FLIGHT with its frozen request; the call may begin once this is durable."""
         if attempt.request is None:
             attempt.request = request
-            attempt.place = None
             attempt.frozen_at = moment.wall
         attempt.is_first_write = not attempt.first_write_at
         if attempt.is_first_write:
@@ -339,13 +314,12 @@ class Ledger:
             if not attempt.source.value:
                 return False
             attempt.source = Source(attempt.source.key, b"")
-            attempt.place = None
             self.touch(attempt)
             return True
         if attempt.calling:
             attempt.calling = False
             attempt.number -= 1
-        attempt.request = attempt.place = None
+        attempt.request = None
         attempt.first_write_at = attempt.frozen_at = 0
         self.reject(attempt, FailureKind.INVALID, code, moment, outcome=Outcome.DEAD_LETTERED)
         return True
@@ -361,7 +335,8 @@ class Ledger:
         attempt.retry_at = moment.wall + int(pause * 1000)
         self.queues.schedule(attempt, moment.steady + pause)
         if put_off:
-            self._shelve(attempt)
+            if attempt.event_id not in self._dirty:
+                self.queues.put_away(attempt)
             return
         self.touch(attempt)
         if attempt.outcome != Outcome.PARKED:
@@ -374,14 +349,15 @@ class Ledger:
         """What the next transaction must hold. Changes nothing: after an abort it is simply asked for again."""
         passed = 0
         frontier = self.position
-        for attempt in self._line:
-            if not attempt.is_passable:
+        line = self.queues.line.values()
+        for attempt in line:
+            if attempt is not None and not attempt.is_passable:
                 frontier = attempt.offset
                 break
             passed += 1
         changed = dict(self._dirty)
-        for attempt in itertools.islice(self._line, passed):
-            if attempt.state is State.DONE:
+        for attempt in itertools.islice(line, passed):
+            if attempt is not None and attempt.state is State.DONE:
                 changed[attempt.event_id] = attempt
         records: list[tuple[str, bytes | None]] = []
         for event_id, attempt in changed.items():
@@ -389,7 +365,6 @@ class Ledger:
                 if attempt.recorded:
                     records.append((event_id, None))
             else:
-                self.fetch(attempt)
                 records.append((event_id, encode_entry(build_entry(attempt, self.topic))))
         return Flush(records, list(self._reports), frontier, passed, list(changed.values()))
 
@@ -402,57 +377,15 @@ class Ledger:
         """The transaction with this content has committed."""
         self.frontier = flush.frontier
         for _ in range(flush.passed):
-            self._line.popleft()
+            self.queues.line.popitem(last=False)
         for attempt in flush.dirty:
             attempt.recorded = True
             self._dirty.pop(attempt.event_id, None)
             if attempt.state is State.DONE and attempt.offset < flush.frontier:
-                self.attempts.pop(attempt.event_id, None)
-            elif attempt.is_stopped and not attempt.is_queued:
-                self._shelve(attempt)
+                self.queues.drop(attempt.event_id)
+            else:
+                self.queues.put_away(attempt)
         del self._reports[: len(flush.reports)]
-
-    # What is stopped is on disk.
-
-    def fetch(self, attempt: Attempt) -> None:
-        """Have source and request of an event in memory. The event itself is decoded by whoever needs it."""
-        if attempt.is_shelved:
-            assert attempt.place is not None
-            restore_payload(attempt, decode_entry(self._shelf.get(attempt.place)))
-            self.shelved -= 1
-
-    def _shelve(self, attempt: Attempt) -> None:
-        if attempt.is_shelved:
-            return
-        if attempt.place is None:
-            try:
-                attempt.place = self._shelf.put(encode_entry(build_entry(attempt, self.topic)))
-            except OSError:
-                return  # a full disk costs memory, nothing else
-        attempt.source, attempt.request, attempt.event = SHELVED, None, None
-        self.shelved += 1
-
-    # Numbers.
-
-    @property
-    def held(self) -> int:
-        """Events read and not yet passed by the frontier.
-
-        What a restart left above it counts when it is read again: intake that waited for it would wait for itself.
-        """
-        return len(self._line)
-
-    def count_states(self) -> dict[State, int]:
-        """Events per state, without those that are done."""
-        counts = dict.fromkeys(State, 0)
-        for attempt in self.attempts.values():
-            counts[attempt.state] += 1
-        del counts[State.DONE]
-        return counts
-
-    def find_oldest(self) -> int | None:
-        """Wall time since which the oldest unfinished event is here."""
-        return min((a.since for a in self.attempts.values() if a.state is not State.DONE), default=None)
 
     # Inside.
 

@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 
 def find_decided(ledger: Ledger, decision: Decision) -> Attempt | None:
     """The event a decision is about; None when it is finished, or at another attempt than the one named."""
-    attempt = ledger.attempts.get(decision.event_id)
+    attempt = ledger.queues.peek(decision.event_id)
     if attempt is None or attempt.state is State.DONE:
         return None
     named = (decision.topic, decision.offset, decision.attempt, decision.round)
     if named != (ledger.topic, attempt.offset, attempt.number, attempt.round):
         return None
-    ledger.fetch(attempt)
-    return attempt
+    return ledger.queues.find(decision.event_id)
 
 
 def rule(ledger: Ledger, attempt: Attempt, decision: Decision, moment: Moment) -> Ruling:
@@ -82,7 +81,7 @@ def begin_again(
     """A person redrives a refused event: a new request is built, with the mapping and settings of now."""
     _take_decision(attempt, decision, Ruling.APPLIED)
     attempt.source, attempt.event = source, event
-    attempt.request = attempt.place = None
+    attempt.request = None
     attempt.frozen_at = attempt.first_write_at = attempt.tries = 0
     if ledger.queues.is_first(attempt):
         attempt.state = State.PENDING

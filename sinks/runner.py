@@ -81,7 +81,7 @@ class Limits:
     open_events: int = 20_000
     """Events at work or about to be."""
     stopped_events: int = 200_000
-    """Parked, refused and unknown ones: their bytes are on disk, some 800 bytes each stay in memory."""
+    """Parked, refused and unknown ones. They are on disk; past the frontier, memory holds nothing of them."""
     calls_ahead: int = 8
     calls_ahead_class_d: int = 2
     """Fewer where nothing can be resent: all of them become a person's work when the process is killed."""
@@ -241,7 +241,7 @@ class Runner:
         """Numbers for people: events per state, calls on the wire, age of the oldest unfinished event in seconds."""
         oldest: int | None = None
         for shard in self._shards:
-            since = shard.ledger.find_oldest()
+            since = shard.ledger.queues.find_oldest()
             oldest = since if oldest is None or (since is not None and since < oldest) else oldest
         now = self._clock.now()
         return {
@@ -258,10 +258,11 @@ class Runner:
         }
 
     def _count_states(self) -> dict[str, int]:
-        counts = dict.fromkeys((state.value for state in State if state is not State.DONE), 0)
+        counts = dict.fromkeys((state.value for state in State), 0)
         for shard in self._shards:
-            for state, count in shard.ledger.count_states().items():
+            for state, count in shard.ledger.queues.count_states().items():
                 counts[state.value] += count
+        del counts[State.DONE.value]
         return counts
 
     # One cycle.
@@ -397,7 +398,7 @@ class Runner:
                     break
 
     async def _decode_restored(self, ledger: Ledger) -> None:
-        for attempt in ledger.attempts.values():
+        for attempt in ledger.queues.attempts.values():
             await self._decode_fetched(attempt)
 
     async def _decode_fetched(self, attempt: Attempt) -> None:
@@ -486,8 +487,8 @@ class Runner:
 
     async def _throttle(self) -> None:
         """Intake stops when too much is held here; polling goes on, or the group would throw us out."""
-        stopped = sum(shard.ledger.shelved for shard in self._shards)
-        held = sum(shard.ledger.held for shard in self._shards)
+        stopped = sum(shard.ledger.queues.shelved for shard in self._shards)
+        held = sum(len(shard.ledger.queues.line) for shard in self._shards)
         limits = self._limits
         if not self._is_paused and (held >= limits.open_events or stopped >= limits.stopped_events):
             await self._consumer.pause()

@@ -116,7 +116,7 @@ class Transactions:
             return  # known only to be among them: the next attempt sends one by one
         self._log.warning("record_refused", event_id=refusal.cause, code=refusal.code)
         for shard in self._shards:
-            attempt = shard.ledger.attempts.get(refusal.cause)
+            attempt = shard.ledger.queues.find(refusal.cause)
             if attempt is not None and shard.ledger.refuse(attempt, refusal.code, moment):
                 return
         raise LedgerRefused(f"refused with {refusal.code}.", place=self._attempts_topic)

@@ -322,7 +322,7 @@ def test_the_ledger_gives_back_the_same_request(name, case):
                   request_headers=list(request.headers))  # fmt: skip
     ledger = Ledger("payments", Policy(target_class=TargetClass.A, call_deadline=1, session_timeout=1))
     ledger.restore("x", decode_entry(encode_entry(entry)))
-    assert ledger.attempts["x"].request == request
+    assert ledger.queues.attempts["x"].request == request
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -23,7 +23,7 @@ from sinks.runner import Runner
 from sinks.shards import Shards
 from tests.models.rules import Rules, conclude, load_model
 from tests.models.sink import ATTEMPTS, DEADLINE, GROUP, SESSION, WINDOW, X0, X1, Y0, Story, read_state
-from topics import frontier
+from topics import catalog, frontier
 from topics.group import LastWork
 
 rule = Rules()
@@ -319,8 +319,9 @@ async def test_parked_keeps_that_a_write_may_have_landed(tell, monkeypatch, kept
 
 async def decide(story, action):
     """A person looked at the target just now and says what is there."""
-    (ledger,) = [shard.ledger for shard in story.runners["w0"]._shards if shard.ledger.attempts]
-    (attempt,) = ledger.attempts.values()
+    ((_, published),) = story.kafka.read(catalog.PAYMENTS)
+    event_id = dict(published.headers)["event_id"].decode()
+    (attempt,) = filter(None, (shard.ledger.queues.peek(event_id) for shard in story.runners["w0"]._shards))
     story.decide(
         attempt.event_id, offset=attempt.offset, attempt=attempt.number, round=attempt.round, action=action.value
     )

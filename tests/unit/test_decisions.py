@@ -209,7 +209,7 @@ async def test_a_decision_made_before_the_deadline_is_refused_for_good(bench, ac
     assert bench.log["a"].round == 1
     bench.decide("a", action)
     await bench.act()
-    assert bench.ledger.attempts.get("a") is None or bench.ledger.attempts["a"].state is State.RETRY_AT
+    assert bench.ledger.queues.peek("a") is None or bench.ledger.queues.peek("a").state is State.RETRY_AT
 
 
 async def test_after_a_takeover_a_decision_waits_until_no_write_can_land(bench):
@@ -363,7 +363,7 @@ async def test_an_event_that_still_cannot_be_routed_is_a_letter_again(refused):
 async def test_redriven_behind_a_stopped_event_it_waits_without_holding_the_frontier(bench):
     bench.publish(("a", "A"), ("b", "A"))
     bench.post(REJECTED)
-    late = bench.ledger.attempts["b"]
+    late = bench.ledger.queues.find("b")
     bench.ledger.reject(late, FailureKind.UNMAPPED, "X", bench.now)
     bench.commit()
     assert bench.frontier == 2

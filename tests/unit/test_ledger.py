@@ -126,7 +126,7 @@ class Bench:
         self.read()
 
     def state(self, event_id):
-        return self.ledger.attempts[event_id].state
+        return self.ledger.queues.peek(event_id).state
 
     def outcomes(self, event_id):
         return [outcome for known, outcome, _ in self.reports if known == event_id]
@@ -544,7 +544,7 @@ def test_a_request_refused_for_now_pauses_longer_each_time_then_is_parked_and_st
         assert bench.write(begun[0])
         bench.settle(begun[0], LATER)
         start = bench.steady
-        while not bench.ledger.flush() or not (due := bench.ledger.attempts["a"].due) <= bench.steady:
+        while not bench.ledger.flush() or not (due := bench.ledger.queues.peek("a").due) <= bench.steady:
             bench.wait(0.25)
         pauses.append(bench.steady - start)
         assert due <= bench.steady
@@ -767,7 +767,7 @@ def test_a_request_over_http_is_given_back_whole_after_kill_9():
     written = [value for _, value in bench.ledger.flush().records]
     restored = Ledger("payments", bench.policy)
     restored.restore("a", decode_entry(written[0]))
-    assert restored.attempts["a"].request == request
+    assert restored.queues.attempts["a"].request == request
 
 
 def test_an_entry_written_before_there_was_http_is_read():
@@ -776,7 +776,7 @@ def test_an_entry_written_before_there_was_http_is_read():
     assert members[-1] == 5
     ledger = Ledger("payments", make_policy())
     ledger.restore("a", decode_entry(msgspec.msgpack.encode(members)))
-    assert ledger.attempts["a"].request == Request(b"x", "C", "R")
+    assert ledger.queues.attempts["a"].request == Request(b"x", "C", "R")
 
 
 def test_a_call_may_look_again_but_another_call_may_not_write_while_the_first_write_can_land():
@@ -910,7 +910,7 @@ def test_a_question_that_could_not_be_asked_decides_nothing_and_is_no_try(result
     bench = Bench(make_asked())
     bench.publish(("a", "A"))
     bench.post(TIMEOUT)
-    tries = bench.ledger.attempts["a"].tries
+    tries = bench.ledger.queues.attempts["a"].tries
     bench.wait(DEADLINE)
     for _ in range(30):
         (attempt,) = ask(bench)
@@ -918,7 +918,7 @@ def test_a_question_that_could_not_be_asked_decides_nothing_and_is_no_try(result
         bench.commit()
         bench.wait(1)
     assert bench.state("a") is State.UNKNOWN
-    assert bench.ledger.attempts["a"].tries == tries
+    assert bench.ledger.queues.attempts["a"].tries == tries
     assert bench.outcomes("a") == []
 
 
@@ -954,7 +954,7 @@ def test_a_refused_record_is_a_dead_letter_without_its_request_and_the_others_go
     taken = bench.ledger.take(10, bench.now)
     for attempt in taken:
         bench.ledger.start(attempt, Request(b"x" * 10, "C", "R"), bench.now)
-    refused = bench.ledger.attempts["a"]
+    refused = bench.ledger.queues.attempts["a"]
     assert bench.ledger.refuse(refused, "MSG_SIZE_TOO_LARGE", bench.now)
     bench.commit()
     assert bench.outcomes("a") == ["dead_lettered"]
@@ -981,7 +981,7 @@ def test_what_may_have_landed_is_never_made_smaller():
     bench = Bench()
     bench.publish(("a", "A"))
     bench.post(TIMEOUT)
-    attempt = bench.ledger.attempts["a"]
+    attempt = bench.ledger.queues.attempts["a"]
     assert not bench.ledger.refuse(attempt, "MSG_SIZE_TOO_LARGE", bench.now)
     assert attempt.request is not None
 
@@ -989,20 +989,16 @@ def test_what_may_have_landed_is_never_made_smaller():
 # What is stopped lies on disk.
 
 
-def list_bytes(ledger):
-    return [attempt for attempt in ledger.attempts.values() if not attempt.is_shelved]
-
-
 def test_what_is_parked_is_on_disk_and_comes_back_with_the_same_bytes():
     bench = Bench(make_policy(park_after=1))
     bench.publish(("a", "A"), ("a2", "A"), ("b", "B"))
     bench.post(LATER)
     assert bench.state("a") is State.PARKED
-    assert bench.ledger.shelved == 3
-    assert list_bytes(bench.ledger) == []
+    assert bench.ledger.queues.shelved == 3
+    assert bench.ledger.queues.attempts == {}
     body = bench.log["a"].body
     bench.restart()
-    assert bench.ledger.shelved == 3
+    assert bench.ledger.queues.shelved == 3
     bench.wait(60)
     begun = bench.begin()
     assert sorted((attempt.event_id, attempt.request.body) for attempt in begun) == [
@@ -1013,7 +1009,7 @@ def test_what_is_parked_is_on_disk_and_comes_back_with_the_same_bytes():
         assert bench.write(attempt)
         bench.settle(attempt, ACCEPTED)
     assert bench.post() == ["a2"]
-    assert bench.ledger.shelved == 0
+    assert bench.ledger.queues.shelved == 0
     assert bench.log == {}
     assert [bench.outcomes(name)[-1] for name in ("a", "a2", "b")] == ["posted"] * 3
 
@@ -1023,10 +1019,11 @@ def test_an_event_that_is_only_put_off_goes_back_to_disk():
     bench.publish(("a", "A"))
     for _ in range(5):
         (attempt,) = bench.ledger.take(10, bench.now)
-        assert not attempt.is_shelved
+        assert bench.ledger.queues.shelved == 0
         bench.ledger.park(attempt, None, "MRN_UNRESOLVED", bench.now, pause=60)
         bench.commit()
-        assert attempt.is_shelved
+        assert bench.ledger.queues.shelved == 1
+        assert bench.ledger.queues.attempts == {}
         bench.wait(60)
     assert bench.outcomes("a") == ["parked"]
 
@@ -1034,13 +1031,42 @@ def test_an_event_that_is_only_put_off_goes_back_to_disk():
 def test_a_full_disk_costs_memory_and_nothing_else(monkeypatch):
     bench = Bench(make_policy(park_after=1))
 
-    def fail(_data):
-        raise OSError
-
-    monkeypatch.setattr(bench.ledger._shelf, "put", fail)
+    monkeypatch.setattr(bench.ledger.queues._shelf, "put", lambda _attempt: False)
     bench.publish(("a", "A"))
     bench.post(LATER)
-    assert bench.ledger.shelved == 0
+    assert bench.ledger.queues.shelved == 0
     bench.wait(60)
     assert bench.post() == ["a"]
     assert bench.outcomes("a")[-1] == "posted"
+
+
+def test_one_that_was_only_looked_up_keeps_its_time():
+    bench = Bench(make_policy(park_after=1))
+    bench.publish(("a", "A"))
+    bench.post(LATER)
+    assert bench.ledger.queues.shelved == 1
+    assert bench.ledger.queues.find("a").state is State.PARKED
+    assert bench.ledger.queues.shelved == 0
+    bench.wait(60)
+    assert bench.post() == ["a"]
+
+
+def test_what_lies_on_disk_is_known_when_it_is_read_again_and_holds_no_frontier():
+    bench = Bench(make_policy(park_after=1))
+    bench.publish(("x", "X"), ("a", "A"), ("a2", "A"))
+    bench.begin(room=1)  # x holds the frontier
+    bench.post(LATER)
+    assert (bench.frontier, bench.ledger.queues.shelved) == (0, 2)
+    bench.restart()
+    assert (bench.frontier, bench.ledger.queues.shelved, len(bench.ledger.queues.line)) == (0, 2, 3)
+    bench.publish(("a", "A"), ("a3", "A"))  # a copy, and one that comes behind what is on disk
+    bench.commit()
+    assert bench.outcomes("a") == ["parked"]
+    assert (bench.state("a3"), bench.ledger.queues.shelved) == (State.PARKED, 3)
+    posted = []
+    for _ in range(20):
+        bench.wait(60)
+        posted += bench.post()
+    assert [name for name in posted if name != "x"] == ["a", "a2", "a3"]
+    assert bench.log == {}
+    assert bench.frontier == 5
