@@ -40,13 +40,12 @@ class TransactionAborted(Exception):
 class RecordRefused(Exception):
     """The broker (or client) refuses one record for what it is (too large, invalid); the transaction was rolled back.
 
-    ``cause`` is the hop it comes from and ``index`` its place in the outputs (None for a changelog's record); both are
-    None when only the whole attempt is known to hold it: the next attempt then sends the records one by one.
+    ``cause`` is the hop it comes from; None when only the whole attempt is known to hold it: the next attempt then
+    sends the records one by one.
     """
 
-    def __init__(self, index: int | None, code: str, cause: str | None = None) -> None:
+    def __init__(self, code: str, cause: str | None = None) -> None:
         super().__init__(code)
-        self.index = index
         self.code = code
         self.cause = cause
 
@@ -213,14 +212,14 @@ class Transactor:
 
     def _produce(self, outputs: Sequence[Output], report: _Reports) -> None:
         produce, note = self._producer.produce, report.__setitem__
-        for index, output in enumerate(outputs):
+        for output in outputs:
             try:
                 if output.headers:
                     produce(output.topic, output.value, output.key, output.partition, note, headers=output.headers)
                 else:
                     produce(output.topic, output.value, output.key, output.partition, note)
             except (BufferError, KafkaException) as error:
-                self._insist(error, output, index, note)
+                self._insist(error, output, note)
 
     def _produce_changelog(self, changelog: Changelog, report: _Reports) -> None:
         produce, note = self._producer.produce, report.__setitem__
@@ -229,21 +228,21 @@ class Transactor:
             try:
                 produce(topic, value, key, partition, note)
             except (BufferError, KafkaException) as error:
-                self._insist(error, Output(topic, key, value, partition=partition, cause=cause), None, note)
+                self._insist(error, Output(topic, key, value, partition=partition, cause=cause), note)
 
     def _produce_one_by_one(
         self, outputs: Sequence[Output], changelogs: Sequence[Changelog], reports: list[_Reports]
     ) -> None:
         """Know of each record whether the broker takes it."""
-        for index, output in enumerate(outputs):
+        for output in outputs:
             self._produce([output], reports[-1])
-            self._check_one(reports[-1], index, output.cause)
+            self._check_one(reports[-1], output.cause)
         for changelog, report in zip(changelogs, reports, strict=False):
             for key, entry in changelog.entries.items():
                 self._produce_changelog(Changelog(changelog.topic, changelog.partition, {key: entry}), report)
-                self._check_one(report, None, entry[1])
+                self._check_one(report, entry[1])
 
-    def _check_one(self, report: _Reports, index: int | None, cause: str) -> None:
+    def _check_one(self, report: _Reports, cause: str) -> None:
         is_flushed = self._producer.flush(8.0) == 0
         errors = [error for error in report if error is not None]
         if is_flushed and not errors:
@@ -251,10 +250,10 @@ class Transactor:
         self._abort()
         if errors and errors[0].code() in _REFUSALS:
             self._one_by_one = False
-            raise RecordRefused(index, errors[0].name(), cause)
+            raise RecordRefused(errors[0].name(), cause)
         raise TransactionAborted("a record was not acknowledged")
 
-    def _insist(self, error: BufferError | KafkaException, output: Output, index: int | None, note: Any) -> None:
+    def _insist(self, error: BufferError | KafkaException, output: Output, note: Any) -> None:
         """Produce a record for which the client's queue had no room, or say that the client refuses it."""
         while isinstance(error, BufferError):
             self._producer.poll(0.05)
@@ -268,7 +267,7 @@ class Transactor:
                 return
         if error.args[0].code() in _REFUSALS:
             self._abort()
-            raise RecordRefused(index, name_error(error), output.cause) from None
+            raise RecordRefused(name_error(error), output.cause) from None
         raise error
 
     def _check_reports(
@@ -289,9 +288,9 @@ class Transactor:
         # The broker refuses a whole produce request, and one report stands for all with the same error: only sending
         # one by one tells which record it is, unless there is just one.
         if len(outputs) + sum(len(changelog.entries) for changelog in changelogs) == 1:
-            raise RecordRefused(0 if outputs else None, refused[0].name(), _find_only_cause(outputs, changelogs))
+            raise RecordRefused(refused[0].name(), _find_only_cause(outputs, changelogs))
         self._one_by_one = True
-        raise RecordRefused(None, refused[0].name(), None)
+        raise RecordRefused(refused[0].name())
 
     def _commit(self) -> None:
         for _ in range(3):

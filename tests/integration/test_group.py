@@ -156,10 +156,10 @@ async def test_a_refused_record_takes_everything_back_however_often(place):
         polled = await take(member, 10)
         assert [record.offset for record in polled.records] == [0, 1, 2], "the batch comes again, nothing is skipped"
         outputs = place.answers(polled.records)
-        too_large = Output(place.out, b"k", b"x" * 9_000_000, partition=0)
+        too_large = Output(place.out, b"k", b"x" * 9_000_000, partition=0, cause="large")
         with pytest.raises(RecordRefused) as refusal:
             await member.commit(polled.number, [*outputs, too_large], place.positions(polled.records))
-        assert refusal.value.index == 3
+        assert refusal.value.cause == "large"
         assert (place.read(), place.read_group_offset(), place.read_frontier()) == ([], -1001, None)
     polled = await take(member, 10)
     await place.commit(member, polled)
@@ -180,8 +180,8 @@ async def test_a_record_refused_among_others_is_found_at_the_second_attempt(plac
         future.result()
     place.send("1")
     member = await place.join()
-    small = [Output(place.out, b"k", b"small", partition=0) for _ in range(5)]
-    large = Output(place.out, b"k", os.urandom(5000), partition=0)
+    small = [Output(place.out, b"k", b"small", partition=0, cause="small") for _ in range(5)]
+    large = Output(place.out, b"k", os.urandom(5000), partition=0, cause="large")
     found = []
     while len(found) < 2:
         polled = await take(member, 10)
@@ -189,8 +189,8 @@ async def test_a_record_refused_among_others_is_found_at_the_second_attempt(plac
         with pytest.raises((RecordRefused, TransactionAborted)) as refusal:
             await member.commit(polled.number, [*small, large, *small], place.positions(polled.records))
         if isinstance(refusal.value, RecordRefused):
-            found.append(refusal.value.index)
-    assert found == [None, 5]
+            found.append(refusal.value.cause)
+    assert found == [None, "large"]
     assert place.read() == []
 
 

@@ -63,6 +63,11 @@ def record(offset, topic="raw.stripe"):
     )
 
 
+def keep_store():
+    """A partition's store in which nothing is to be forgotten."""
+    return SimpleNamespace(close=lambda: None, is_purge_due=lambda _now: False)
+
+
 @pytest.fixture
 def feeder(tmp_path, monkeypatch):
     deciders = {name.removeprefix("raw."): SimpleNamespace(source=name.removeprefix("raw.")) for name in RAW}
@@ -76,7 +81,7 @@ def feeder(tmp_path, monkeypatch):
         metrics=Metrics(),
     )
     feeder.group = Group()
-    feeder.rooms = {(topic, 0): Room(None) for topic in RAW}
+    feeder.rooms = {(topic, 0): Room(keep_store()) for topic in RAW}
     monkeypatch.setattr("streams.feeder.random.uniform", lambda *_: 0)
     return feeder
 
@@ -119,7 +124,7 @@ async def test_one_batch_is_under_way_at_a_time(feeder):
     assert [call[0] for call in feeder.group.calls] == ["poll"]
 
 
-@pytest.mark.parametrize("answer", [StaleAssignment(), TransactionAborted("x"), RecordRefused(0, "x")])
+@pytest.mark.parametrize("answer", [StaleAssignment(), TransactionAborted("x"), RecordRefused("x")])
 async def test_what_was_polled_with_a_rolled_back_batch_is_dropped(feeder, answer):
     feeder.group.polls = [[record(0), record(0, "raw.hl7")]]
     batch = await feeder.next_batch()
@@ -144,7 +149,7 @@ async def test_after_an_unexpected_error_no_batch_is_handed_out(feeder):
 async def test_a_refused_record_stays_marked_until_it_is_decided(feeder):
     feeder.group.polls = [[record(0), record(1)]]
     batch = await feeder.next_batch()
-    feeder.group.answers = [RecordRefused(1, "MSG_SIZE_TOO_LARGE", "T:0:1")]
+    feeder.group.answers = [RecordRefused("MSG_SIZE_TOO_LARGE", "T:0:1")]
     await batch.commit(decide(batch))
     # Another topic's batch comes between: the mark must survive it.
     feeder.group.polls = [[record(0, "raw.hl7")], [record(0), record(1)], [record(2)]]
@@ -161,7 +166,7 @@ async def test_a_refused_release_is_marked_by_its_own_hop(feeder):
     waiting = Held("T:0:7", "e", "PATIENT_UNKNOWN", "p", 0)
     room.hold(waiting)
     batch = await feeder.next_batch()
-    feeder.group.answers = [RecordRefused(0, "MSG_SIZE_TOO_LARGE", "T:0:7")]
+    feeder.group.answers = [RecordRefused("MSG_SIZE_TOO_LARGE", "T:0:7")]
     await batch.commit(decide(batch, hops=["T:0:7"]))
     feeder.group.polls = [[record(8)]]
     between = await feeder.next_batch()
@@ -180,7 +185,7 @@ async def test_a_refused_release_is_marked_by_its_own_hop(feeder):
 async def test_an_unknown_culprit_is_searched_and_batches_grow_again(feeder):
     feeder.group.polls = [[record(0), record(1)], [record(0)], [record(1), record(2)]]
     batch = await feeder.next_batch()
-    feeder.group.answers = [RecordRefused(None, "MSG_SIZE_TOO_LARGE")]
+    feeder.group.answers = [RecordRefused("MSG_SIZE_TOO_LARGE")]
     await batch.commit(decide(batch))
     for _ in range(2):
         batch = await feeder.next_batch()
@@ -192,11 +197,11 @@ async def test_an_unknown_culprit_is_searched_and_batches_grow_again(feeder):
 async def test_the_only_record_of_a_batch_is_not_blamed_for_a_release_beside_it(feeder):
     feeder.group.polls = [[record(9)], [record(9)]]
     batch = await feeder.next_batch()
-    feeder.group.answers = [RecordRefused(None, "MSG_SIZE_TOO_LARGE")]
+    feeder.group.answers = [RecordRefused("MSG_SIZE_TOO_LARGE")]
     await batch.commit(decide(batch, hops=["T:0:7"]))
     batch = await feeder.next_batch()
     assert batch.refused == set(), "nobody knows yet which it was"
-    feeder.group.answers = [RecordRefused(1, "MSG_SIZE_TOO_LARGE", "T:0:7")]
+    feeder.group.answers = [RecordRefused("MSG_SIZE_TOO_LARGE", "T:0:7")]
     await batch.commit(decide(batch, hops=["T:0:7"]))
     feeder.group.polls = [[record(9)]]
     assert (await feeder.next_batch()).refused == {"T:0:7"}
@@ -228,9 +233,8 @@ async def test_a_full_waiting_room_that_comes_back_within_one_poll_is_paused_aga
     feeder.rooms[key].waiting.hold(Held("T:0:1", "e", "PATIENT_UNKNOWN", "p", 0))
     full = feeder.rooms[key].waiting
     await feeder.next_batch()
-    feeder.rooms[key].state = SimpleNamespace(close=lambda: None)
     feeder._release(*key)
-    feeder.rooms[key] = Room(None, full)
+    feeder.rooms[key] = Room(keep_store(), full)
     await feeder.next_batch()
     assert paused == [[key], [key]]
 
@@ -294,7 +298,7 @@ async def test_a_refused_dead_letter_stops_the_worker(feeder):
     for _ in range(2):
         feeder.group.polls = [[record(0)]]
         batch = await feeder.next_batch()
-        feeder.group.answers = [RecordRefused(0, "MSG_SIZE_TOO_LARGE", "T:0:0")]
+        feeder.group.answers = [RecordRefused("MSG_SIZE_TOO_LARGE", "T:0:0")]
         if "T:0:0" in batch.refused:
             with pytest.raises(DeadLetterRefused):
                 await batch.commit(decide(batch))
@@ -351,6 +355,18 @@ async def test_metrics_count_each_fate(feeder):
     text = feeder._metrics.render().decode()
     assert 'fate="canonical"' in text
     assert 'code="AMOUNT_MISSING"' in text
+
+
+async def test_old_keys_are_forgotten_only_while_nothing_arrives(feeder):
+    steps = []
+    feeder._purge = SimpleNamespace(step=lambda states: steps.append(list(states)))
+    feeder.group.polls = [[record(0), record(1)]]
+    batch = await feeder.next_batch()
+    assert len(batch.records) == 2
+    assert steps == []
+    await batch.commit(decide(batch))
+    await feeder.next_batch()
+    assert steps == [[room.state for room in feeder.rooms.values()]]
 
 
 async def test_the_waiting_room_is_measured(feeder):

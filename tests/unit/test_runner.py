@@ -153,12 +153,11 @@ class Group:
             self.broker.aborts -= 1
             await self.rewind()
             raise TransactionAborted("TEST")
-        for index, output in enumerate(outputs):
+        for output in outputs:
             if self.broker.refuses(output):
                 # First known only to be among them, then by name, as the producer does it.
                 self.broker.is_searching = not self.broker.is_searching
-                named = (None, None) if self.broker.is_searching else (index, output.cause)
-                raise RecordRefused(named[0], "MSG_SIZE_TOO_LARGE", named[1])
+                raise RecordRefused("MSG_SIZE_TOO_LARGE", None if self.broker.is_searching else output.cause)
         self.broker.commits += 1
         self.broker.committed += outputs
         for output in outputs:
