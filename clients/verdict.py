@@ -141,34 +141,6 @@ class Verdicts:
                 return self._settle(Verdict(kind, code))
         return Verdict(FailureKind.INTERNAL, "EXCEPTION", type(error).__name__)
 
-    def judge_batch(
-        self,
-        response: HttpResponse,
-        keys: Sequence[str],
-        examine: Callable[[HttpResponse], Iterable[tuple[str, Verdict]]],
-        *,
-        now: float,
-    ) -> dict[str, Verdict]:
-        """The verdict on each record of a batch, by our own keys.
-
-        An answer that is not 2xx is every record's. In a 2xx answer a record is done only when ``examine`` names it:
-        one that is not mentioned, or mentioned with two meanings, is AMBIGUOUS; so are all when it cannot be read.
-        """
-        if len(set(keys)) != len(keys):
-            raise ValueError("the keys of a batch must differ")
-        if response.status // 100 != 2:
-            return dict.fromkeys(keys, self.judge(response, now=now))
-        try:
-            entries = list(examine(response))
-        except Failure as failure:
-            return dict.fromkeys(keys, self._finish(_as_verdict(failure), response, now))
-        except Exception:  # noqa: BLE001 - whatever a body does to its reader, the batch may have been applied
-            return dict.fromkeys(keys, self._settle(Verdict(_AMBIGUOUS, "ANSWER_UNREADABLE")))
-        named: dict[str, set[Verdict]] = {}
-        for key, verdict in entries:
-            named.setdefault(key, set()).add(verdict)
-        return {key: self._finish(_pick(named.get(key, set())), response, now) for key in keys}
-
     def _examine(self, response: HttpResponse) -> Verdict | None:
         if self.examine is None:
             return None
@@ -208,7 +180,12 @@ def _as_verdict(failure: Failure) -> Verdict:
     return Verdict(failure.kind, failure.code, failure.field)
 
 
-def _pick(verdicts: set[Verdict]) -> Verdict:
+def pick_record(key: str, entries: Iterable[tuple[str, Verdict]]) -> Verdict:
+    """The verdict on one record among those that a batch answer names, each by its key; for ``examine``.
+
+    Done only when the answer names it so: a record that is not mentioned, or with two meanings, is AMBIGUOUS.
+    """
+    verdicts = {verdict for named, verdict in entries if named == key}
     if not verdicts:
         return Verdict(_AMBIGUOUS, "ANSWER_INCOMPLETE")
     return verdicts.pop() if len(verdicts) == 1 else Verdict(_AMBIGUOUS, "ANSWER_CONTRADICTORY")

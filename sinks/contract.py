@@ -26,7 +26,7 @@ from clients.auth import (
 )
 from clients.http import HttpRequest, HttpResponse
 from clients.limits import Rate
-from clients.verdict import Verdict, speaks_of_record
+from clients.verdict import Verdict, pick_record, speaks_of_record
 from schemas.events import MoneyEvent, Reference
 from schemas.failure import FailureKind
 from schemas.tenancy import Facility, Name
@@ -53,6 +53,7 @@ __all__ = [
     "Unclear",
     "Verdict",
     "make_recipe",
+    "pick_record",
     "read_grant",
     "speaks_of_record",
     "use_api_key",

@@ -27,7 +27,7 @@ import re
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote, urlencode, urlsplit
 from zoneinfo import ZoneInfo
 
@@ -53,10 +53,14 @@ from sinks.contract import (
     TokenRecipe,
     Unclear,
     Verdict,
+    pick_record,
     read_grant,
 )
 from sinks.references import derive
 from sinks.transport import HttpSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _MAPPING = Path(__file__).parent.parent / "mappings" / "epicor_p21.yaml"
 _WORD = r"^[A-Za-z][A-Za-z0-9_.]{0,99}$"
@@ -64,6 +68,8 @@ _OWN: Final = frozenset({"amount", "reference"})
 """Fields that the connector fills: the amount and what tells postings apart."""
 _OTHERS: Final = frozenset({Kind.REFUND_REVERSAL, Kind.CHARGEBACK, Kind.CHARGEBACK_REVERSAL})
 _DECLINED: Final = frozenset({"declined", "failed"})
+_OURS: Final = "1"
+"""Number of our transaction in the answer: a request holds one."""
 _SESSION: Final = ("Unexpected response window", "Object reference not set")
 _DATES: Final = {"iso": "%Y-%m-%d", "us": "%m/%d/%Y"}
 _TOKEN_PATH: Final = "/api/security/token/v2"  # noqa: S105 - an address
@@ -263,24 +269,35 @@ def examine(response: HttpResponse, request: Request, settings: EpicorSettings) 
     if response.status // 100 != 2:
         return None
     body = msgspec.json.decode(response.body)
-    summary = body["Summary"]
-    counts = tuple(_read_count(summary[name]) for name in ("Succeeded", "Failed", "Other"))
+    return pick_record(_OURS, _read_transactions(body, _find_screen(request, settings), f"HTTP_{response.status}"))
+
+
+def _read_transactions(body: Any, screen: Screen, code: str) -> Iterator[tuple[str, Verdict]]:
+    """What the answer says of each transaction, by its number. We send one, so the summary speaks of it too."""
+    counts = tuple(_read_count(body["Summary"][name]) for name in ("Succeeded", "Failed", "Other"))
+    # A transaction that failed has no result.
+    transactions = [] if body["Results"] is None else body["Results"]["Transactions"]
+    if counts not in ((1, 0, 0), (0, 1, 0)) or len(transactions) > 1:
+        yield _OURS, Verdict(FailureKind.AMBIGUOUS, "P21_SUMMARY")
+        return
+    not_passed = Verdict(FailureKind.AMBIGUOUS, "P21_NOT_PASSED")
     if counts == (0, 1, 0):
         messages = " ".join(body["Messages"])
+        not_passed = Verdict(FailureKind.REJECTED, "P21_FAILED")
         if any(sign in messages for sign in _SESSION):
-            return Verdict(FailureKind.AMBIGUOUS, "P21_SESSION")
-        return Verdict(FailureKind.REJECTED, "P21_FAILED")
-    if counts != (1, 0, 0):
-        return Verdict(FailureKind.AMBIGUOUS, "P21_SUMMARY")
-    (transaction,) = body["Results"]["Transactions"]
-    if transaction["Status"] != "Passed":
-        return Verdict(FailureKind.AMBIGUOUS, "P21_NOT_PASSED")
-    screen = _find_screen(request, settings)
+            not_passed = Verdict(FailureKind.AMBIGUOUS, "P21_SESSION")
+        yield _OURS, not_passed
+    for number, transaction in enumerate(transactions, 1):
+        passed = transaction["Status"] == "Passed"
+        yield str(number), _read_document_number(transaction, screen, code) if passed else not_passed
+
+
+def _read_document_number(transaction: Any, screen: Screen, code: str) -> Verdict:
     edits = [edit for part in transaction["DataElements"] for row in part["Rows"] for edit in row["Edits"]]
     numbers = {str(edit["Value"]) for edit in edits if edit["Name"] == screen.number_field and edit["Value"]}
     if len(numbers) != 1:
         return Verdict(FailureKind.AMBIGUOUS, "ANSWER_WITHOUT_ID")
-    return Verdict(None, f"HTTP_{response.status}", reference=numbers.pop())
+    return Verdict(None, code, reference=numbers.pop())
 
 
 def ask_document(request: Request, _first_write_at: int, settings: EpicorSettings) -> Request:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.http import HttpFailure, HttpResponse
-from clients.verdict import DEFAULT, Verdict, Verdicts, read_http_date, read_retry_after
+from clients.verdict import DEFAULT, Verdict, Verdicts, pick_record, read_http_date, read_retry_after
 from schemas.failure import Failure, FailureKind
 
 K = FailureKind
@@ -133,43 +133,39 @@ def test_a_code_cannot_carry_the_text_of_an_answer(code):
 
 
 class TestBatches:
-    def judge(self, entries, *, status=200, keys=("a", "b", "c"), headers=None, verdicts=DEFAULT):
-        def examine(_response):
-            if isinstance(entries, Exception):
-                raise entries
-            return entries
-
-        return verdicts.judge_batch(answer(status, headers), keys, examine, now=NOW)
-
     def test_each_record_has_its_own(self):
         done, bad = Verdict(None, "OK", reference="1"), Verdict(K.REJECTED, "FIELD_REQUIRED", "name")
-        assert self.judge([("b", bad), ("a", done), ("c", done)]) == {"a": done, "b": bad, "c": done}
+        entries = [("b", bad), ("a", done), ("c", done)]
+        assert [pick_record(key, entries) for key in "abc"] == [done, bad, done]
 
     def test_what_is_not_mentioned_is_not_done(self):
-        seen = self.judge([("a", Verdict(None, "OK")), ("z", Verdict(None, "OK"))])
-        assert seen["a"].kind is None
-        assert seen["b"] == seen["c"] == Verdict(K.AMBIGUOUS, "ANSWER_INCOMPLETE")
-        assert "z" not in seen
+        entries = [("a", Verdict(None, "OK")), ("z", Verdict(None, "OK"))]
+        assert pick_record("a", entries).kind is None
+        assert pick_record("b", entries) == pick_record("a", []) == Verdict(K.AMBIGUOUS, "ANSWER_INCOMPLETE")
 
     def test_two_meanings_are_none(self):
-        seen = self.judge([("a", Verdict(None, "OK")), ("a", Verdict(K.REJECTED, "NO"))], keys=("a",))
-        assert seen == {"a": Verdict(K.AMBIGUOUS, "ANSWER_CONTRADICTORY")}
-        said_twice = self.judge([("a", Verdict(None, "OK")), ("a", Verdict(None, "OK"))], keys=("a",))
-        assert said_twice["a"].kind is None
+        done = ("a", Verdict(None, "OK"))
+        assert pick_record("a", [done, ("a", Verdict(K.REJECTED, "NO"))]) == Verdict(
+            K.AMBIGUOUS, "ANSWER_CONTRADICTORY"
+        )
+        assert pick_record("a", [done, done]).kind is None
 
-    def test_a_failed_answer_is_every_record_s(self):
-        seen = self.judge([("a", Verdict(None, "OK"))], status=429, headers={"Retry-After": "7"})
-        assert set(seen.values()) == {Verdict(K.RATE_LIMITED, "HTTP_429", retry_after=7)}
-        assert len(seen) == 3
+    def test_a_failed_answer_says_so_before_any_record_is_read(self):
+        verdicts = Verdicts(examine=lambda _response: pick_record("a", [("a", Verdict(None, "OK"))]))
+        seen = verdicts.judge(answer(429, {"Retry-After": "7"}), now=NOW)
+        assert seen == Verdict(K.RATE_LIMITED, "HTTP_429", retry_after=7)
 
-    def test_an_unreadable_answer_leaves_all_open(self):
-        assert {v.code for v in self.judge(KeyError("x")).values()} == {"ANSWER_UNREADABLE"}
-        assert {v.kind for v in self.judge(KeyError("x")).values()} == {K.AMBIGUOUS}
-        assert {v.kind for v in self.judge(Failure(K.AUTH, "SESSION")).values()} == {K.AUTH}
+    @pytest.mark.parametrize(
+        ("error", "kind", "code"),
+        [(KeyError("x"), K.AMBIGUOUS, "ANSWER_UNREADABLE"), (Failure(K.AUTH, "SESSION"), K.AUTH, "SESSION")],
+    )
+    def test_an_unreadable_answer_leaves_it_open(self, error, kind, code):
+        def read(_response):
+            yield "a", Verdict(None, "OK")
+            raise error
 
-    def test_keys_differ(self):
-        with pytest.raises(ValueError):
-            self.judge([], keys=("a", "a"))
+        seen = Verdicts(examine=lambda response: pick_record("a", read(response))).judge(answer(200), now=NOW)
+        assert (seen.kind, seen.code) == (kind, code)
 
 
 class TestRetryAfter:
