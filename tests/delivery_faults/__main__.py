@@ -6,7 +6,15 @@ import time
 from collections.abc import Callable
 
 from sinks.contract import TargetClass
-from tests.delivery_faults.cases import CONTROLS, run_control, run_order, run_timeouts
+from tests.delivery_faults.cases import (
+    CONTROLS,
+    run_blocked,
+    run_control,
+    run_freeze,
+    run_order,
+    run_outage,
+    run_timeouts,
+)
 from tests.delivery_faults.world import World
 
 
@@ -26,6 +34,11 @@ def main() -> int:
             f"order {target_class}", lambda c=target_class: run_order(c, events // 2, events // 100, given.seed)
         )
     failed += _show("order D", lambda: run_order(TargetClass.D, events // 50, events // 100, given.seed))
+    for target_class in TargetClass:
+        failed += _show(f"outage {target_class}", lambda c=target_class: run_outage(c, 5_000, given.seed))
+        failed += _show(f"blocked {target_class}", lambda c=target_class: run_blocked(c, 5_000))
+    for target_class in (TargetClass.A, TargetClass.B, TargetClass.D):  # class C: the documented hole
+        failed += _show(f"frozen {target_class}", lambda c=target_class: run_freeze(c, 300, given.seed))
     for control in CONTROLS:
         judgement = run_control(control, 400, given.seed).judge()
         seen = {name: count for name, count in judgement.items() if count}

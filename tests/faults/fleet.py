@@ -95,6 +95,11 @@ class Slot:
         return f"remitstream.worker.{self._site.deployment.settings.instance}.{self.number}"
 
     @property
+    def port(self):
+        """Of its health endpoint."""
+        return self._site.worker_port + self.number
+
+    @property
     def pid(self):
         return self._process.pid
 
@@ -114,9 +119,8 @@ class Slot:
 
     def is_ready(self):
         """What its health endpoint says."""
-        port = self._site.worker_port + self.number
         try:
-            with DIRECT.open(f"http://127.0.0.1:{port}/ready", timeout=1) as answer:
+            with DIRECT.open(f"http://127.0.0.1:{self.port}/ready", timeout=1) as answer:
                 return answer.status == 200
         except OSError:
             return False
@@ -138,8 +142,7 @@ class Slot:
             self._process.kill()
             self._process.wait()
             # Dead, and its successor does not run yet: nobody but the coordinator can change this now.
-            state = self._find_own_state()
-            self._left = self._site.transactions.find(self.transactional_id)
+            state = self._examine()
             self._wanted = restart
             self._process = None
             if restart:
@@ -191,6 +194,12 @@ class Slot:
         finally:
             self.lock.release()
 
+    def _examine(self):
+        """What the dead process left behind."""
+        state = self._find_own_state()
+        self._left = self._site.transactions.find(self.transactional_id)
+        return state
+
     def _find_own_state(self):
         """State of the transaction of this life; ``LEFT`` when the last one is still the killed predecessor's."""
         found = self._site.transactions.find(self.transactional_id)
@@ -203,9 +212,12 @@ class Slot:
 
 
 class Site:
-    """A deployment with fresh topics, its stack, and its processes. ``overrides`` are dotted settings."""
+    """A deployment with fresh topics, its stack, and its processes.
 
-    def __init__(self, folder, embedded, overrides=None):
+    ``overrides`` are dotted settings; ``targets``, as TOML, replaces the example's target instances.
+    """
+
+    def __init__(self, folder, embedded, overrides=None, targets=None):
         self.embedded = embedded
         self.stack = embedded.up()
         self.folder = folder
@@ -219,6 +231,7 @@ class Site:
                 "worker.partitions": "4",
                 **(overrides or {}),
             },
+            targets,
         )
         self.deployment.provision()
         # A review that was written twice under one key must be there to be counted.
@@ -245,6 +258,11 @@ class Site:
         """A worker that is not started yet."""
         self.slots[number] = Slot(self, number, program)
         return self.slots[number]
+
+    def keep(self, name, slot):
+        """Tend another process as if it were a worker."""
+        self.slots[name] = slot
+        return slot
 
     def spawn(self, name, program, *arguments):
         """Start a program with the settings of this deployment; its output goes to ``<name>.log``."""

@@ -282,23 +282,24 @@ class Oracle:
                     message.offset(),
                     message.key().decode(),
                     hop,
-                    self._decode(message.value()),
+                    self.decode(message.value()),
                 )
             )
         elif topic == "dispositions":
-            disposition = self._decode(message.value())
+            disposition = self.decode(message.value())
             self.fates[disposition["hop"]].append(disposition["fate"])
         elif topic == "dlq":
             self.fates[headers["hop"].decode()].append("dead_lettered")
             self.dead_letters.append((int(headers["delivery_id"]), message.key(), message.value(), message.headers()))
         elif topic == "reviews":
-            self.fates[self._decode(message.value())["hop"]].append("in_review")
+            self.fates[self.decode(message.value())["hop"]].append("in_review")
         elif message.value() is None:
             self._waiting.pop((message.partition(), message.key()), None)
         else:
-            self._waiting[message.partition(), message.key()] = self._decode(message.value())["hop"]
+            self._waiting[message.partition(), message.key()] = self.decode(message.value())["hop"]
 
-    def _decode(self, value):
+    def decode(self, value):
+        """A value in the registry's wire format."""
         if value[:1] != b"\0":
             raise AssertionError("not in the registry's wire format")
         number = int.from_bytes(value[1:5], "big")

@@ -62,6 +62,39 @@ def draw(seed, minutes):
     return plan
 
 
+DELIVERER_KILLS = 200
+"""In the long form."""
+
+
+@dataclass(slots=True)
+class DelivererPlan:
+    """Kills of the deliverer, one after another. ``rate``: raw records a second."""
+
+    seed: int
+    minutes: float
+    rate: int
+    kills: list[Fault]
+
+    def describe(self):
+        """One line."""
+        return "deliverer: " + " ".join("-".join(kill.detail) + f"+{kill.wait:.2f}" for kill in self.kills)
+
+
+def draw_deliverer(seed, kills, targets):
+    """As the kills of a worker; an aimed one waits for an open call at the target drawn.
+
+    One life in eight is longer than a take-over waits (call deadline and session timeout): what an earlier life left
+    is settled there, and hit again.
+    """
+    dice = random.Random(f"deliverer {seed}")
+    plan = []
+    for number in range(kills):
+        fault = _draw_kill(dice, 0)
+        wait = dice.uniform(7.5, 10) if number % 8 == 7 else fault.wait
+        plan.append(Fault("kill", 0, wait, detail=(*fault.detail, dice.choice(targets))))
+    return DelivererPlan(seed, sum(fault.wait + 3.5 for fault in plan) / 60 + 2, 4, plan)
+
+
 def _draw_kill(dice, slot):
     """Of ten kills two are ``blind``: they do not wait until the worker works, and fall into its start, the joining or
     the loading. Three hit it at work, at any point. Five are ``aimed``: it must hold an open transaction."""

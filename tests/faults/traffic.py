@@ -298,8 +298,8 @@ class Sender:
             self.failure = error.name()
 
     def _run(self):
-        due = time.monotonic()
+        due, size = time.monotonic(), max(1, self.rate // 20)
         while not self._over.is_set():
-            self.burst(max(1, self.rate // 20))
-            due = max(due + 0.05, time.monotonic() - 0.5)
+            self.burst(size)
+            due = max(due + size / self.rate, time.monotonic() - 0.5)
             self._over.wait(max(0.0, due - time.monotonic()))
