@@ -61,6 +61,14 @@ def list_anchors(document):
     return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_named_tests_exist(document):
+    for file, names in re.findall(r"`(?:tests/)?(\w+/test_\w+\.py)((?:::\w+)*)`", document.read_text("utf-8")):
+        text = (ROOT / "tests" / file).read_text("utf-8")
+        for name in names.split("::")[1:]:
+            assert re.search(rf"^\s*(?:async def|def|class) {name}\b", text, re.MULTILINE), f"{file}::{name}"
+
+
 def list_commands(text):
     """Command lines of ours: those in blocks, and those within a sentence, which may be cut short."""
     blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
