@@ -60,6 +60,8 @@ CHUNK = 1000
 MAX_STALE_MS = 6 * 86_400_000
 """A projection not touched for this long is built anew: `patients` keeps tombstones for seven days only, and a deletion
 that was compacted away in between would never reach it."""
+MAX_AHEAD_MS = 3_600_000
+"""One touched so much later than now was touched under a wrong clock: its age is not known, so it counts as stale."""
 
 
 class RedisDown(TemporaryError):
@@ -380,7 +382,7 @@ class ProjectionWriter:
             return "OTHER_FORMAT"
         if state.topic != self._topic_id:
             return "OTHER_TOPIC"
-        if self._now_ms() - state.fresh_at > MAX_STALE_MS:
+        if not -MAX_AHEAD_MS <= self._now_ms() - state.fresh_at <= MAX_STALE_MS:
             return "STALE"
         return None
 

@@ -6,6 +6,7 @@ Used at start-up and when a reader meets an unknown writer schema; never once pe
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import ssl
 import urllib.error
@@ -100,7 +101,7 @@ class Registry:
     def find_id(self, subject: str, schema: str) -> int | None:
         """Id of exactly this schema under the subject, or None."""
         status, body = self._call("POST", f"/subjects/{subject}", {"schema": schema})
-        return int(body["id"]) if status == 200 else None
+        return int(self._get(body, "id")) if status == 200 else None
 
     def find_schema(self, schema_id: int) -> str:
         """Schema text of an id, cached."""
@@ -109,7 +110,7 @@ class Registry:
             status, body = self._call("GET", f"/schemas/ids/{schema_id}")
             if status == 404:
                 raise SchemaMissing(f"no schema has id {schema_id}.", place=self._settings.url)
-            text = self._schemas[schema_id] = str(body["schema"])
+            text = self._schemas[schema_id] = str(self._get(body, "schema"))
         return text
 
     def check(self, subject: str, schema: str) -> bool:
@@ -117,7 +118,7 @@ class Registry:
         status, body = self._call(
             "POST", f"/compatibility/subjects/{subject}/versions?verbose=false", {"schema": schema}
         )
-        return status == 404 or (status == 200 and bool(body["is_compatible"]))
+        return status == 404 or (status == 200 and bool(self._get(body, "is_compatible")))
 
     def register(self, subject: str, schema: str) -> int:
         """Register under FULL_TRANSITIVE and return the id; the same schema gives the same id."""
@@ -125,11 +126,18 @@ class Registry:
         status, body = self._call("POST", f"/subjects/{subject}/versions", {"schema": schema})
         if status in (409, 422):
             raise SchemaBreak("the registry refuses the schema.", place=subject)
-        return int(body["id"])
+        return int(self._get(body, "id"))
 
     def ping(self) -> None:
         """Raise ``RegistryUnreachable`` unless the registry answers."""
         self._call("GET", "/subjects")
+
+    def _get(self, body: Any, name: str) -> Any:
+        try:
+            return body[name]
+        except (KeyError, TypeError):
+            # A proxy that answers in its place, or the API of something else.
+            raise RegistryUnreachable(f"its answer has no `{name}`.", place=self._settings.url) from None
 
     def _call(self, method: str, path: str, body: object | None = None) -> tuple[int, Any]:
         headers = {"Accept": _JSON, "Content-Type": _JSON}
@@ -145,12 +153,13 @@ class Registry:
             with urllib.request.urlopen(request, timeout=self._timeout, context=self._context) as answer:  # noqa: S310
                 return answer.status, json.loads(answer.read() or b"{}")
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code in (404, 409, 422):
                 return error.code, {}
             if error.code in (401, 403):
                 raise ConfigurationError("the registry refuses our credentials.", place="registry.username") from None
             raise RegistryUnreachable(f"it answers {error.code}.", place=self._settings.url) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise RegistryUnreachable(f"no answer ({type(error).__name__}).", place=self._settings.url) from None
 
 

@@ -315,7 +315,10 @@ async def test_two_writers_that_begin_at_once_share_one_build(make):
         assert await writer.apply([], {0: 0, 1: 0}, {0: 0, 1: 0}) is None
 
 
-@pytest.mark.parametrize(("age", "reason"), [(MAX_STALE_MS, None), (MAX_STALE_MS + 1, "STALE")])
+@pytest.mark.parametrize(
+    ("age", "reason"),
+    [(MAX_STALE_MS, None), (MAX_STALE_MS + 1, "STALE"), (-3_600_000, None), (-3_600_001, "STALE")],
+)
 async def test_a_projection_older_than_the_tombstones_is_built_anew(make, age, reason):
     await fill(make, active(A))
     late = make(ProjectionWriter, "T1", now_ms=lambda: NOW + age)
