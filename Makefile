@@ -74,8 +74,8 @@ bench: $(STAMP) ## Measure worker and deliverer beside other libraries; says fir
 soak: $(STAMP) ## Does the worker's memory stay flat: 20 minutes at a steady rate, then every event is checked (ARGS=...)
 	@$(PY) -m bench.soak $(ARGS)
 
-faults: $(STAMP) ## Kill, freeze and rob workers and deliverer under a steady stream, die at every point of a batch: 55 minutes (ARGS=...)
-	@$(if $(ARGS),,echo "about 55 minutes: workers under faults 20, 200 kills of the deliverer 20, every point of a batch 10, the deliverer in virtual time 5")
+faults: $(STAMP) ## Kill, freeze and rob workers and deliverer under a steady stream, die at every point of a batch: 65 minutes (ARGS=...)
+	@$(if $(ARGS),,echo "about 65 minutes: workers under faults 20, 200 kills of the deliverer 20, every point of a batch 20, the deliverer in virtual time 5")
 	@$(PY) -m tests.faults $(ARGS)
 	@$(if $(ARGS),,$(PY) -m tests.faults --kills 200)
 	@$(if $(ARGS),,$(PY) -m tests.crash_points --all)

@@ -108,7 +108,7 @@ class Sweep:
         self.run = 0
         self.sent = []
         self.patience = PATIENCE
-        """Seconds for a clean worker to finish."""
+        """Seconds for a clean worker to finish once its frontier is at the end."""
         self.options = {}
         """Of every worker that is to die or fail."""
         settings = deployment.settings
@@ -199,10 +199,12 @@ class Sweep:
     def _finish(self, trial=None):
         """A clean worker does what is left."""
         self._start()
-        until = time.monotonic() + self.patience
+        until = time.monotonic() + PATIENCE
         # Ready means that its store has caught up.
         while not (self._is_done() and self.deployment.is_ready("worker")):
             self.oracle.follow(0.02)
+            if self.oracle.frontier == len(self.sent):
+                until = min(until, time.monotonic() + self.patience)
             code = self.nursery.poll()
             if code is not None:
                 raise SweepFailed(f"after {trial}: the clean worker ended, {code}\n{self.deployment.read_logs()}")

@@ -15,6 +15,7 @@ from tests.delivery_faults.cases import (
     run_outage,
     run_timeouts,
 )
+from tests.delivery_faults.deaths import sweep_deaths
 from tests.delivery_faults.world import World
 
 
@@ -39,6 +40,8 @@ def main() -> int:
         failed += _show(f"blocked {target_class}", lambda c=target_class: run_blocked(c, 5_000))
     for target_class in (TargetClass.A, TargetClass.B, TargetClass.D):  # class C: the documented hole
         failed += _show(f"frozen {target_class}", lambda c=target_class: run_freeze(c, 300, given.seed))
+    for target_class in TargetClass:
+        failed += _show_deaths(target_class, every=given.long)
     for control in CONTROLS:
         judgement = run_control(control, 400, given.seed).judge()
         seen = {name: count for name, count in judgement.items() if count}
@@ -60,6 +63,21 @@ def _show(name: str, run: Callable[[], World]) -> int:
         f"{broken or 'nothing doubled, lost, silent or out of order'}; {time.perf_counter() - began:.0f} s"
     )
     return int(bool(broken))
+
+
+def _show_deaths(target_class: TargetClass, *, every: bool) -> int:
+    failed = 0
+    for loses_answers in (False, True):
+        began = time.perf_counter()
+        deaths = sweep_deaths(target_class, loses_answers=loses_answers, every=every)
+        answered = "no first write" if loses_answers else "every write"
+        _say(
+            f"{'BROKEN' if deaths.wrong else 'ok':9} deaths {target_class}, {answered} answered: "
+            f"{deaths.deaths} deaths at {deaths.places} places, {deaths.unknown} events unknown over all, "
+            f"{deaths.wrong or 'nothing doubled, lost or silent'}; {time.perf_counter() - began:.0f} s"
+        )
+        failed += bool(deaths.wrong)
+    return failed
 
 
 def _say(line: str) -> None:

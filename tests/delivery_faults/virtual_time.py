@@ -48,6 +48,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Virtual seconds."""
         return self._jumping.now
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """Nothing: it has no threads. asyncio's would start one to wait for them, and it lives in another time."""
+
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:
     """Run to the end in virtual time."""
