@@ -93,7 +93,7 @@ class Ledger:
         """Begin at the frontier: what was IN_FLIGHT is now UNKNOWN, and nothing of it starts before its writes end."""
         self.position = self.frontier = frontier
         quiet = moment.steady + self.policy.call_deadline + self.policy.session_timeout
-        for attempt in self.queues.open(moment, quiet):
+        for attempt in self.queues.open(moment, quiet, self.policy.longest_pause):
             if attempt.state is State.DONE:
                 if attempt.offset < frontier:
                     # Finished, and the frontier is past it: only its tombstone is missing.
@@ -111,7 +111,7 @@ class Ledger:
                     attempt.may_have_landed = True
                     self._doubt(attempt, attempt.code or "PROCESS_ENDED", moment)
                 elif attempt.state is State.RETRY_AT or attempt.is_put_off:
-                    attempt.due = moment.count_wait(attempt.retry_at)
+                    attempt.due = moment.count_wait(attempt.retry_at, self.policy.longest_pause)
             self.queues.advance(entity)
 
     # New events.

@@ -19,9 +19,9 @@ class Moment:
         """That many seconds later."""
         return Moment(self.steady + seconds, self.wall + int(seconds * 1000))
 
-    def count_wait(self, until_wall: int) -> float:
-        """Steady time at which that wall time is reached."""
-        return self.steady + max(0, until_wall - self.wall) / 1000
+    def count_wait(self, until_wall: int, longest: float) -> float:
+        """Steady time at which that wall time is reached, at most ``longest`` seconds from now."""
+        return self.steady + min(longest, max(0, until_wall - self.wall) / 1000)
 
 
 class Step(StrEnum):
@@ -67,8 +67,15 @@ class Policy:
             return True
         if self.target_class is not TargetClass.A or self.window is None or not first_write_at:
             return False
+        if moment.wall + self.clock_error * 1000 < first_write_at:
+            return False  # the clock was set back, and how much of the window is over nobody knows
         margin = self.call_deadline + self.session_timeout + self.clock_error
         return moment.wall + margin * 1000 <= first_write_at + self.window * 1000
+
+    @property
+    def longest_pause(self) -> float:
+        """No event is put off for longer; one that seems to be was put off by a clock that was ahead."""
+        return self.retry_longest + self.call_deadline + self.session_timeout + self.visible_after
 
     def choose_pause(self, tries: int) -> float:
         """Exponential pause before the next try of one event, without jitter (only this event waits for it)."""

@@ -103,9 +103,9 @@ class Queues:
         if not attempt.is_stopped or needs_time or not self._shelf.put(attempt):
             self.attempts[attempt.event_id] = attempt
 
-    def open(self, moment: Moment, quiet: float) -> list[Attempt]:
+    def open(self, moment: Moment, quiet: float, longest_pause: float) -> list[Attempt]:
         """The restored events that are in memory, in order; see ``Shelf.open`` for the others."""
-        self._shelf.open(moment, quiet)
+        self._shelf.open(moment, quiet, longest_pause)
         return sorted(self.attempts.values(), key=lambda attempt: attempt.offset)
 
     def count_states(self) -> Counter[State]:

@@ -85,14 +85,15 @@ class Shelf:
         self._counts[attempt.state] += 1
         return True
 
-    def open(self, moment: Moment, quiet: float) -> None:
+    def open(self, moment: Moment, quiet: float, longest_pause: float) -> None:
         """After a restart: no earlier write can land from ``quiet`` on, and what was put off has its time again."""
         if not self:
             return
         self._ask("UPDATE stopped SET quiet_from = ? WHERE may_have_landed OR state = ?", quiet, State.UNKNOWN.value)
         self._ask(
-            "UPDATE stopped SET due = ? + max(0, retry_at - ?) / 1000.0 WHERE retry_at IS NOT NULL",
+            "UPDATE stopped SET due = ? + min(?, max(0, retry_at - ?) / 1000.0) WHERE retry_at IS NOT NULL",
             moment.steady,
+            longest_pause,
             moment.wall,
         )
 

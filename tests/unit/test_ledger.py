@@ -375,6 +375,32 @@ def test_a_second_kill_9_waits_again():
     assert bench.state("a") is State.UNKNOWN
 
 
+def test_class_a_does_not_resend_when_the_clock_is_before_the_first_write():
+    bench = Bench()
+    bench.publish(("a", "A"))
+    bench.post(TIMEOUT)
+    bench.wall -= 3_600_000  # set back: by this clock the window has an hour more
+    bench.wait(DEADLINE)
+    assert bench.begin() == []
+    assert bench.outcomes("a") == ["unknown"]
+
+
+@pytest.mark.parametrize("refused", [LATER, REFUSED_CONNECTION])
+def test_a_clock_that_was_ahead_puts_nothing_off_for_days(refused):
+    bench = Bench()
+    bench.publish(("a", "A"))
+    bench.wall += 7 * 86_400_000
+    for _ in range(bench.policy.park_after):
+        bench.post(refused)
+        bench.wait(60)
+    bench.post(refused)
+    assert bench.state("a") is (State.PARKED if refused is LATER else State.RETRY_AT)
+    bench.wall -= 7 * 86_400_000
+    bench.restart()
+    bench.wait(bench.policy.longest_pause)
+    assert bench.post() == ["a"]
+
+
 def test_class_a_does_not_resend_into_the_margin_of_the_window():
     bench = Bench()
     bench.publish(("a", "A"))

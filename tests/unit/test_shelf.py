@@ -65,7 +65,7 @@ def test_what_is_put_off_is_due_in_its_time_and_has_it_again_after_a_restart():
     assert shelf.list_due(1030.0, 2) == ["e1", "e2"]
     assert not shelf.find_first("E0").is_free
     # Another machine, started long ago, fifteen seconds later.
-    shelf.open(Moment(50_000.0, NOW.wall + 15_000), 50_055.0)
+    shelf.open(Moment(50_000.0, NOW.wall + 15_000), 50_055.0, 100.0)
     assert shelf.list_due(50_000.0, 10) == ["e1"]
     assert shelf.list_due(50_005.0, 10) == ["e1", "e2"]
     assert [shelf.read(f"e{n}").settled_at for n in range(3)] == [50_055.0, 0.0, 0.0]
