@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import json
 import os
 import sys
 import time
@@ -17,11 +16,11 @@ from rich.table import Table
 
 from bench.ground import RAW, SMALL_RAW, BenchBroken, Ground
 from bench.latency import measure_latency
-from bench.machine import QUIET_CORES, describe_machine, describe_plan, read_last
 from bench.meter import build_ratios
 from bench.outputs import WrongOutput
 from bench.plan import estimate_minutes
 from bench.profiler import sample, write_summary
+from bench.report import QUIET_CORES, describe_machine, describe_plan, judge, read_report, write_report
 from bench.scenario import Run
 from bench.scenarios import SCENARIOS, ours_full, ours_mapping
 from bench.webhooks import Traffic
@@ -58,7 +57,7 @@ def main() -> int:
     console = Console(width=140)
     report = describe_machine("bench", options.events)
     report["quoted"] = {"redpanda_connect_cpu_per_million": REDPANDA_CONNECT}
-    report["planned_minutes"] = estimate_minutes(options, read_last(RESULTS / "latest.json"))
+    report["planned_minutes"] = estimate_minutes(options, read_report(RESULTS / "latest.json"))
     console.print(describe_plan(report))
     if options.plan:
         return 0
@@ -160,8 +159,6 @@ class Bench:
 
     def save(self) -> None:
         """Write what is known so far: an interrupted run is not lost."""
-        out = self._options.out
-        out.parent.mkdir(parents=True, exist_ok=True)
         ratios = build_ratios(self._report["results"])
         low = self._report.get("latency", {}).get("low_load", {})
         if "p99_ms" in low:
@@ -169,7 +166,7 @@ class Bench:
             ratios["low_load_p99_ms"] = low["p99_ms"]
         self._report["ratios"] = ratios
         self._report.update(ratios)
-        out.write_text(json.dumps(self._report, indent=1) + "\n", "utf-8")
+        write_report(self._options.out, self._report)
 
     def _measure(self, scenario: Any) -> dict[str, Any]:
         self._tell(scenario.title)
@@ -280,14 +277,7 @@ def print_table(console: Console, report: dict[str, Any]) -> None:
             )
     for name, ratio in report["ratios"].items():
         floor, goal = FLOORS.get(name, (None, None))
-        console.print(f"{name}: {ratio:.3f}{judge(ratio, floor, 'floor')}{judge(ratio, goal, 'goal')}")
-
-
-def judge(ratio: float, limit: float | None, name: str) -> str:
-    """How a ratio stands to a limit, in words."""
-    if limit is None:
-        return ""
-    return f"  {name} {limit:g} {'met' if ratio <= limit else 'MISSED'}"
+        console.print(f"{name}: {ratio:.3f}{judge(ratio, floor, goal)}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def estimate_minutes(options: argparse.Namespace, last: dict[str, Any]) -> float
         if not options.no_scaling:
             seconds += options.events / 2 * LOAD_SECONDS
             seconds += sum(_run("full", options.events // part, last) for part in (4, 2))
-    return seconds / 60
+    return float(seconds / 60)
 
 
 GUESSED_POSTS = {"deliverer": 700, "aiohttp": 1_000, "httpx": 150}

@@ -25,12 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.ground import PARTITIONS, ROOT, BenchBroken, Ground, find_free_port
-from bench.machine import QUIET_CORES, describe_machine, describe_plan, read_last
 from bench.meter import Mark, Meter, compare_marks, compare_threads, find_percentile
 from bench.one_entity import measure_one_entity
 from bench.plan import estimate_posting_minutes
 from bench.posting_plan import LATE_SHARE, REFUSED_SHARE, Plan, choose_plan
 from bench.profiler import sample, write_summary
+from bench.report import QUIET_CORES, describe_machine, describe_plan, judge, read_report, write_report
 from bench.webhooks import BORN, FACILITIES, TENANT, Traffic, write_mrn
 from runtime.settings import read_settings
 from schemas.events import DeliveryOutcome, MoneyEvent, Reference
@@ -79,7 +79,7 @@ def main() -> int:
         "failing": {"refused_503": REFUSED_SHARE, "answered_late": LATE_SHARE},
         "results": {},
     }
-    report["planned_minutes"] = estimate_posting_minutes(options, read_last(RESULTS / "posting.json"))
+    report["planned_minutes"] = estimate_posting_minutes(options, read_report(RESULTS / "posting.json"))
     console.print(describe_plan(report))
     if not options.no_entity:
         report["one_entity"] = measure_one_entity(options.hours)
@@ -451,8 +451,7 @@ def save(report: dict[str, Any], out: Path) -> None:
                 ratios[f"{delay}_posts_vs_{other}"] = round(ours["posts_per_second"] / theirs["posts_per_second"], 3)
                 ratios[f"{delay}_cpu_vs_{other}"] = round(ours["cpu_ms_per_post"] / theirs["cpu_ms_per_post"], 3)
     report["ratios"] = ratios
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    write_report(out, report)
 
 
 def print_table(console: Console, report: dict[str, Any]) -> None:
@@ -485,12 +484,7 @@ def print_table(console: Console, report: dict[str, Any]) -> None:
         console.print(f"one entity failing: {report['one_entity']}", markup=False)
     for name, ratio in report["ratios"].items():
         floor, goal = LIMITS.get(name, (None, None))
-        said = "".join(
-            f"  {what} {limit:g} {'met' if ratio >= limit else 'MISSED'}"
-            for what, limit in (("floor", floor), ("goal", goal))
-            if limit is not None
-        )
-        console.print(f"{name}: {ratio:.3f}{said}")
+        console.print(f"{name}: {ratio:.3f}{judge(ratio, floor, goal, least=True)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime as dt
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ from bench.ground import RAW, BenchBroken, Ground
 from bench.meter import Meter, find_percentile, read_busy
 from bench.outputs import WrongOutput
 from bench.plan import CHECK_SECONDS, START_SECONDS
+from bench.report import describe_machine, describe_plan, write_report
 from bench.scenario import check_output
 from bench.scenarios import ours_full
 from bench.trend import average_blocks, find_steps, fit_slope
@@ -50,13 +50,12 @@ def main() -> int:
     """Exit code: see above."""
     options = parse_options()
     count = int(options.rate * options.minutes * 60)
-    planned = (START_SECONDS + count * CHECK_SECONDS) / 60 + options.minutes
-    print(f"planned: {planned:.0f} minutes, {count} events at {options.rate:.0f} a second; "
-          f"load now {os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
+    head = describe_machine("bench.soak", count)
+    head["planned_minutes"] = (START_SECONDS + count * CHECK_SECONDS) / 60 + options.minutes
+    print(f"{describe_plan(head)}; {count} events at {options.rate:.0f} a second", flush=True)
     with Ground(Traffic(count)) as ground:
-        report = Soak(ground, options, count).execute()
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        report = head | Soak(ground, options, count).execute()
+    write_report(options.out, report)
     print_report(report)
     print(f"written: {options.out}")
     return 0 if report["verdict"] == "flat" and report["output"] == "right" else 1
@@ -153,9 +152,6 @@ class Soak:
         collector = json.loads(self._collector.read_text("ascii"))
         spent = sum(generation["seconds"] for generation in collector["generations"])
         return {
-            "command": " ".join(["python -m bench.soak", *sys.argv[1:]]),
-            "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-            "events": self._count,
             "events_per_second": self._count / sent["seconds"],
             "output": self._check(),
             "exit_code": code,

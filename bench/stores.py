@@ -23,6 +23,7 @@ from rich.table import Table
 from bench.environments import PROGRAMS, ensure_environment
 from bench.ground import ROOT, BenchBroken, Ground, produce
 from bench.programs.local_store import make_entry
+from bench.report import read_report, write_report
 from bench.webhooks import Traffic
 from topics import catalog
 
@@ -44,7 +45,7 @@ def main() -> int:
     else:
         for row in measure_stores(options):
             save("stores", row, ("store", "keys", "order", "load"))
-    print_table(console, read_report())
+    print_table(console, read_report(RESULTS))
     return 0
 
 
@@ -116,20 +117,13 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def read_report() -> dict[str, Any]:
-    """All rows so far."""
-    report: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-    return report
-
-
 def save(name: str, row: dict[str, Any], identity: tuple[str, ...]) -> None:
     """Put a row in, in place of an older one of the same."""
-    report = read_report()
+    report = read_report(RESULTS)
     same = tuple(row[column] for column in identity)
     rows = [other for other in report.get(name, []) if tuple(other[column] for column in identity) != same]
     report[name] = sorted([*rows, row], key=lambda other: [str(other[c]).rjust(12) for c in identity])
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    write_report(RESULTS, report)
 
 
 def describe_cost(row: dict[str, Any], name: str) -> str:

@@ -21,6 +21,7 @@ from bench.outputs import SCHEMA, Checker, WrongOutput, parse_schema
 from bench.plan import GUESSED_RATES, estimate_minutes, estimate_posting_minutes
 from bench.profiler import sum_up, write_summary
 from bench.programs.local_store import Runs
+from bench.report import judge, read_report, write_report
 from bench.scenario import Run, Scenario, compare_shares, has_idle_process
 from bench.scenarios import SCENARIOS
 from bench.soak import describe_steps
@@ -249,6 +250,21 @@ def test_latency_is_told_with_and_without_what_everyone_pays():
     assert (figures["p50_ms"], figures["added_p99_ms"], figures["raw_max_ms"]) == (20.0, 24.0, 6.0)
     with pytest.raises(BenchBroken, match="1 of 2 events came"):
         describe_ages(seen | {"added": [15.0]}, 2)
+
+
+def test_a_figure_is_judged_by_its_largest_or_smallest_allowed_value():
+    assert judge(0.9, 1.0, 0.8) == "  floor 1 met  goal 0.8 MISSED"
+    assert judge(0.9, 0.5, 1.0, least=True) == "  floor 0.5 met  goal 1 MISSED"
+    assert judge(1.0, 1.0, None) == "  floor 1 met"
+
+
+def test_a_report_is_read_as_it_was_written_and_a_broken_one_is_none(tmp_path):
+    path = tmp_path / "results" / "latest.json"
+    assert read_report(path) == {}
+    write_report(path, {"results": {"full": 1.5}})
+    assert read_report(path) == {"results": {"full": 1.5}}
+    path.write_text("{")
+    assert read_report(path) == {}
 
 
 def test_a_profile_is_summed_up_by_thread_and_function():

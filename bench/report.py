@@ -1,4 +1,4 @@
-"""The machine a bench runs on: what a reader must know of it to judge the figures."""
+"""The reports all benches write: on what machine they ran, what they planned, how figures stand to their limits."""
 
 from __future__ import annotations
 
@@ -56,10 +56,25 @@ def describe_plan(report: dict[str, Any]) -> str:
     )
 
 
-def read_last(path: Path) -> dict[str, Any]:
-    """Results of the last run kept here; empty without."""
+def judge(value: float, floor: float | None, goal: float | None, *, least: bool = False) -> str:
+    """How a figure stands to its floor and goal, in words: its largest values, or with ``least`` its smallest."""
+    return "".join(
+        f"  {name} {limit:g} {'met' if (value >= limit if least else value <= limit) else 'MISSED'}"
+        for name, limit in (("floor", floor), ("goal", goal))
+        if limit is not None
+    )
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report written before; empty without a readable one."""
     try:
-        last: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        report: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return last
+    return report
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Replace a report."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
