@@ -19,14 +19,19 @@ from topics.reading import Record, TopicReader, read_to_end
 from topics.transaction import Output
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from topics.cluster import KafkaSettings
 
 
 class FrontierLost(FatalError):
-    """Records below the frontier's log start are gone before they were processed."""
+    """The frontier lies outside the log: records are gone before they were processed, or after."""
 
     code = "RS303"
-    meaning = "The log starts above the frontier: records were deleted by retention before they were processed."
+    meaning = (
+        "The frontier lies outside the log: records were deleted by retention before they were processed, or the log "
+        "lost its end."
+    )
     default_remedy = (
         "Find out what is gone (a gateway can send it again); stop the processes of the group, then run "
         "`remitstream topics move-frontier` for this partition."
@@ -54,26 +59,28 @@ def read_frontiers(kafka: KafkaSettings, group: str) -> dict[tuple[str, int], in
 
 
 def await_pending_offsets(
-    kafka: KafkaSettings, group: str, topic: str, partition: int, *, patience: float = 30
+    kafka: KafkaSettings, group: str, partitions: Sequence[tuple[str, int]], *, patience: float = 30
 ) -> None:
-    """Wait until no transaction still holds an undecided offset of this partition.
+    """Wait until no transaction still holds an undecided offset of these partitions (topic, number).
 
     A predecessor's transaction may be prepared while its markers travel; asking for stable offsets waits it out.
     """
     admin = AdminClient(kafka.build_client("remitstream-barrier"))
-    wanted = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, partition)])
+    wanted = ConsumerGroupTopicPartitions(group, [TopicPartition(*partition) for partition in partitions])
     until = time.monotonic() + patience
     while True:
         try:
             found = admin.list_consumer_group_offsets([wanted], require_stable=True, request_timeout=5)[group].result()
             # An undecided offset is an error of its partition, not of the answer.
-            undecided = next((item.error.name() for item in found.topic_partitions if item.error is not None), None)
+            place, undecided = next(
+                ((item.topic, item.error.name()) for item in found.topic_partitions if item.error is not None), ("", "")
+            )
         except KafkaException as error:
-            undecided = name_error(error)
-        if undecided is None:
+            place, undecided = group, name_error(error)
+        if not undecided:
             return
         if time.monotonic() > until:
-            raise KafkaUnreachable(f"offsets stay undecided ({undecided}).", place=topic)
+            raise KafkaUnreachable(f"offsets stay undecided ({undecided}).", place=place)
         time.sleep(0.05)
 
 

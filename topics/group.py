@@ -24,9 +24,9 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, To
 
 from schemas.failure import ConfigurationError, FatalError, OperatorError, TemporaryError
 from topics import frontier
-from topics.cluster import KafkaUnreachable, describe_topics, name_error
+from topics.cluster import describe_topics, name_error
 from topics.lease import STATISTICS_INTERVAL_MS, Lease
-from topics.reading import TopicReader
+from topics.reading import TopicMissing, TopicReader
 from topics.transaction import Changelog, Output, ProcessFenced, RecordRefused, TransactionAborted, Transactor
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 Partition = tuple[str, int]
 """Topic name and partition number."""
+
+
+TOPICS_SECONDS = 30.0
+"""How often a member looks whether its topics are still the ones it began with."""
 
 
 class StaleAssignment(Exception):
@@ -60,6 +64,17 @@ class PartitionsChanged(ConfigurationError):
     default_remedy = (
         "Correct `worker.partitions` if it is the setting that is wrong. If partitions were added to a topic, its "
         "order and dedupe are broken: stop all writers and move to a new generation of topics."
+    )
+
+
+class TopicReplaced(FatalError):
+    """A topic was deleted and made again under a running process."""
+
+    code = "RS307"
+    meaning = "A topic was deleted and made again while this process ran; its offsets mean other records now."
+    default_remedy = (
+        "The restarted process reads the new topic from its begin. What the old one held and was not processed is gone "
+        "with it: a gateway can send it again."
     )
 
 
@@ -172,6 +187,7 @@ class GroupConsumer(Generic[R]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"kafka-{group}")
         self._loaders = ThreadPoolExecutor(4, thread_name_prefix=f"load-{group}")
         self._load_locks: dict[Partition, Lock] = {}
+        self._topics_seen_at = time.monotonic()
         self._all_paused = False
         self._is_placing = False
         self._closed = False
@@ -212,7 +228,7 @@ class GroupConsumer(Generic[R]):
     def is_ready(self) -> bool:
         """Subscribed, and every assigned partition is loaded."""
         placed = self.number > 0 and not self._is_placing
-        return self.failure is None and placed and all(owned.active for owned in self._owned.values())
+        return self.failure is None and placed and all(owned.active for owned in list(self._owned.values()))
 
     @property
     def last_heartbeat(self) -> float:
@@ -221,7 +237,7 @@ class GroupConsumer(Generic[R]):
 
     def frontiers(self) -> dict[Partition, int]:
         """Frontier of every active partition."""
-        return {key: owned.frontier for key, owned in self._owned.items() if owned.active}
+        return {key: owned.frontier for key, owned in list(self._owned.items()) if owned.active}
 
     async def pause(self, partitions: Sequence[Partition] | None = None) -> None:
         """Stop delivering from these (default all) partitions; polling goes on so that the group keeps us."""
@@ -249,9 +265,7 @@ class GroupConsumer(Generic[R]):
         self.topic_ids = self._describe_topics()
         missing = sorted(set(self.topics) - set(self.topic_ids))
         if missing:
-            raise KafkaUnreachable(
-                "the topics do not exist.", place=", ".join(missing), remedy="Run `remitstream topics apply`."
-            )
+            raise TopicMissing("the topics do not exist.", place=", ".join(missing))
         self._transactor.open()
         self._lease = Lease(is_nameless=self._membership is Membership.SERVER)
         session = self._kafka.session_timeout_seconds * 1000
@@ -298,6 +312,9 @@ class GroupConsumer(Generic[R]):
             raise
 
     def _consume(self, max_records: int, wait: float) -> Polled[R]:
+        if time.monotonic() - self._topics_seen_at > TOPICS_SECONDS and not self._closed:
+            self._topics_seen_at = time.monotonic()
+            self._loaders.submit(self._watch_topics)
         first = self._consumer.poll(wait)
         number = self.number
         if first is None:
@@ -529,15 +546,21 @@ class GroupConsumer(Generic[R]):
                 raise PartitionsChanged(f"it has {count} partitions, not {self._partitions}.", place=topic)
         return {topic: topic_id for topic, (topic_id, _) in found.items()}
 
+    def _check_ids(self, current: Mapping[str, str]) -> None:
+        """Raise ``TopicMissing`` or ``TopicReplaced`` unless the topics are those that this process began with."""
+        for topic, topic_id in self.topic_ids.items():
+            if topic not in current:
+                raise TopicMissing("the topic was deleted.", place=topic)
+            if current[topic] != topic_id:
+                raise TopicReplaced("its id is another one than at the start of this process.", place=topic)
+
     def _find_starts(self, keys: Sequence[Partition]) -> dict[Partition, int]:
         """Frontier of each partition, after every predecessor's transaction on it is decided."""
         if not keys:
             return {}
         current = self._describe_topics()
-        for topic, partition in keys:
-            if current.get(topic) != self.topic_ids[topic]:
-                raise frontier.FrontierLost("the topic was deleted and made again while this process ran.", place=topic)
-            frontier.await_pending_offsets(self._kafka, self.group, topic, partition)
+        self._check_ids(current)
+        frontier.await_pending_offsets(self._kafka, self.group, keys)
         known = frontier.read_frontiers(self._kafka, self.group)
         starts: dict[Partition, int] = {}
         for topic in {topic for topic, _ in keys}:
@@ -556,7 +579,19 @@ class GroupConsumer(Generic[R]):
                 starts[topic, partition] = start
         return starts
 
-    # This runs on a loader thread, then hands over to the consumer's thread.
+    # These run on a loader thread; the second hands over to the consumer's thread.
+
+    def _watch_topics(self) -> None:
+        """Look whether the topics are still the same.
+
+        A classic member is not told: its client goes on in a topic made anew from the offset of the old one.
+        """
+        try:
+            self._check_ids(self._describe_topics())
+        except TemporaryError as error:
+            self._report("topics_not_seen", error)
+        except OperatorError as error:
+            self.failure = error
 
     def _prepare(self, key: Partition, owned: _Owned) -> None:
         # A partition that was taken away and came back while it was being loaded: one store, one loader at a time.

@@ -33,6 +33,17 @@ class ProcessFenced(FatalError):
     default_remedy = "Give every process its own instance name, or let only the newer one run."
 
 
+class ProducerFailed(FatalError):
+    """The transactional producer can do nothing any more."""
+
+    code = "RS308"
+    meaning = "The transactional producer failed for good; what was open is rolled back."
+    default_remedy = (
+        "The restarted process goes on. If it repeats, check this user's rights on the transactional id, and that "
+        "`kafka.transaction_timeout_seconds` is not above the broker's `transaction.max.timeout.ms`."
+    )
+
+
 class TransactionAborted(Exception):
     """The transaction was rolled back; rewind to the frontier and decide again."""
 
@@ -118,12 +129,14 @@ class Transactor:
         self._committed_at = float("-inf")
 
     def open(self, timeout: float = 30.0) -> None:
-        """Fence every earlier process of this id. Raises ``KafkaUnreachable``."""
+        """Fence every earlier process of this id.
+
+        Raises ``KafkaUnreachable``, or ``ProducerFailed`` when asking again would not help: the client refuses it too.
+        """
         try:
             self._producer.init_transactions(timeout)
         except KafkaException as error:
-            if error.args[0].code() in _FENCED:
-                raise ProcessFenced("a newer process is running.", place=self.transactional_id) from None
+            self._stop_if_over(error.args[0])
             raise KafkaUnreachable(f"no transaction ({name_error(error)}).", place=self._bootstrap) from None
         self._is_open = True
 
@@ -330,7 +343,7 @@ class Transactor:
         if cause.code() in _FENCED:
             raise ProcessFenced("a newer process is running.", place=self.transactional_id) from None
         if cause.fatal():
-            raise FatalError(f"the producer failed for good ({cause.name()}).", place=self.transactional_id) from None
+            raise ProducerFailed(f"the client gave up ({cause.name()}).", place=self.transactional_id) from None
 
     def _abort(self) -> None:
         self._producer.purge()

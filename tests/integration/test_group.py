@@ -22,9 +22,9 @@ from confluent_kafka.admin import (
 from schemas.failure import FatalError, TemporaryError
 from topics.cluster import KafkaSettings, KafkaUnreachable, describe_topic_ids
 from topics.frontier import FrontierLost, await_pending_offsets, build_frontier, read_frontiers
-from topics.group import GroupConsumer, Membership, PartitionsChanged, PositionBroken, StaleAssignment
+from topics.group import GroupConsumer, Membership, PartitionsChanged, PositionBroken, StaleAssignment, TopicReplaced
 from topics.reading import Record, TopicReader, build_record, read_to_end
-from topics.transaction import Output, ProcessFenced, RecordRefused, TransactionAborted, Transactor
+from topics.transaction import Output, ProcessFenced, ProducerFailed, RecordRefused, TransactionAborted, Transactor
 
 pytestmark = pytest.mark.integration
 
@@ -135,6 +135,11 @@ async def take(member, count, tries=150):
         if polled.records:
             return polled
     pytest.fail("no records came")
+
+
+async def poll_for_long(member):
+    for _ in range(300):
+        await member.poll(10, 0.1)
 
 
 async def test_outputs_frontier_and_offsets_are_visible_together(place):
@@ -396,6 +401,60 @@ async def test_a_frontier_outside_the_log_stops_with_its_code(place, where):
     assert not member.is_ready()
 
 
+@pytest.mark.parametrize("membership", [Membership.SPREAD, Membership.SERVER])
+async def test_a_topic_made_anew_under_a_member_stops_it_and_is_read_from_its_begin(place, membership, monkeypatch):
+    """Of itself the client of a classic member goes on behind the old position, and leaves out what lies before."""
+    monkeypatch.setattr("topics.group.TOPICS_SECONDS", 0.2)
+    place.membership = membership
+    member = await place.join()
+    place.send(*"abc")
+    done = 0
+    while done < 3:
+        polled = await take(member, 10)
+        done += len(polled.records)
+        await place.commit(member, polled)
+    for future in place.admin.delete_topics([place.source], operation_timeout=10).values():
+        future.result()
+    while place.source in describe_topic_ids(place.kafka, [place.source]):  # noqa: ASYNC110 - a broker has no event for it
+        await asyncio.sleep(0.05)
+    for future in place.admin.create_topics([NewTopic(place.source, 1, 1)], operation_timeout=10).values():
+        future.result()
+    place.send(*"klmnopqr")
+    with pytest.raises(TopicReplaced) as replaced:
+        await poll_for_long(member)
+    assert (replaced.value.code, replaced.value.place) == ("RS307", place.source)
+    await member.close()
+    successor, read = await place.join("b"), []
+    while len(read) < 8:
+        read += [record.value.decode() for record in (await take(successor, 10)).records]
+    assert read == list("klmnopqr")
+
+
+async def test_a_deleted_topic_is_reported_and_ends_nothing(place, monkeypatch):
+    monkeypatch.setattr("topics.group.TOPICS_SECONDS", 0.2)
+    reports = []
+    member = await place.join(report=lambda event, error: reports.append((event, error.code)))
+    place.send("a")
+    await take(member, 1)
+    for future in place.admin.delete_topics([place.source], operation_timeout=10).values():
+        future.result()
+    for _ in range(300):
+        await member.poll(1, 0.1)
+        if ("topics_not_seen", "RS211") in reports:
+            break
+    else:
+        pytest.fail("nobody was told")
+    assert member.failure is None
+
+
+def test_a_producer_that_can_never_begin_says_so(place):
+    """The broker refuses the time-out; a client that was refused for good refuses every later attempt by itself."""
+    kafka = KafkaSettings.model_construct(**{**dict(place.kafka), "transaction_timeout_seconds": 86_400})
+    with pytest.raises(ProducerFailed, match="INVALID_TRANSACTION_TIMEOUT") as error:
+        Transactor(kafka, f"{place.id}-x").open()
+    assert "transaction.max.timeout.ms" in error.value.remedy
+
+
 async def test_a_frontier_of_an_earlier_topic_of_that_name_does_not_count(place):
     place.send(*"ab")
     start = build_frontier(place.group, "ZGVsZXRlZC10b3BpYy1pZA", 0, 2)
@@ -559,9 +618,9 @@ def open_transaction(place):
 
 def test_undecided_offsets_of_a_predecessor_are_waited_for(place, open_transaction):
     with pytest.raises(KafkaUnreachable):
-        await_pending_offsets(place.kafka, place.group, place.source, 0, patience=0.5)
+        await_pending_offsets(place.kafka, place.group, [(place.source, 0)], patience=0.5)
     open_transaction.commit_transaction(10)
-    await_pending_offsets(place.kafka, place.group, place.source, 0, patience=10)
+    await_pending_offsets(place.kafka, place.group, [(place.source, 0)], patience=10)
     assert place.read_group_offset() == 7
 
 

@@ -482,5 +482,5 @@ class Admin:
                 and any(t.offsets_pending and t.state in ("open", "prepared") for t in self.kafka.transactions)
             )
         error = KafkaError(KafkaError.UNSTABLE_OFFSET_COMMIT) if undecided else None
-        places = [SimpleNamespace(error=error) for _ in asked.topic_partitions]
+        places = [SimpleNamespace(error=error, topic=place.topic) for place in asked.topic_partitions]
         return {asked.group_id: answer(SimpleNamespace(topic_partitions=places))}
