@@ -12,6 +12,7 @@ from schemas.events import Fate
 from schemas.failure import Failure, FailureKind, FatalError, OperatorError, TemporaryError
 from streams.batch import Batch
 from streams.decision import Decision, Room
+from streams.expiry import Purge
 from streams.slot import name_folder
 from streams.state import LINEAGE, SEEN, WAITING, PartitionState, StateUnusable
 from streams.suspects import EXITS, Suspects
@@ -75,6 +76,7 @@ class Feeder:
         self._last_idle = 0.0
         self._measured_at = 0.0
         self._resumed_at = 0.0
+        self._purge = Purge(kafka)
         self.group = GroupConsumer(
             kafka,
             group="remitstream.worker",
@@ -116,6 +118,10 @@ class Feeder:
                 # The partition became ours during the poll.
                 await self.group.rewind()
                 return None
+            if not polled.partitions:
+                active = self.group.frontiers()
+                states = [room.state for key, room in list(self.rooms.items()) if key in active]
+                await self._purge.step(states, self.group.call)
             if polled.partitions or time.monotonic() - self._last_idle >= IDLE_SECONDS:
                 self._last_idle = time.monotonic()
                 self._pending = self._split(polled)

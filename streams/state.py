@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +20,7 @@ import lmdb
 import msgspec
 
 from schemas.failure import FatalError
+from streams.expiry import STEP_KEYS, Calendar, Mark
 from topics import catalog
 from topics.cluster import describe_topic_ids
 from topics.reading import Record, read_to_end
@@ -33,6 +35,7 @@ SEEN = "seen"
 WAITING = "waiting"
 LINEAGE = "lineage"
 _META = "meta"
+_LATE = "late"
 _TOPIC_NAMES = {SEEN: catalog.name_seen, WAITING: catalog.name_waiting, LINEAGE: catalog.name_lineage}
 
 MAP_BYTES = 64 * 1024**3
@@ -182,6 +185,15 @@ class PartitionState:
         self._databases: dict[str, Any] = {}
         self._applied: dict[str, int] = {}
         self._topic_ids: dict[str, str] = {}
+        self._calendar = Calendar()
+        self._walk: Mark | None = None
+        self._place = b""
+        self._purged: Mark | None = None
+
+    @property
+    def seen_topic(self) -> str:
+        """Changelog of the decided keys."""
+        return self.topics[SEEN]
 
     def load(self, kafka: KafkaSettings) -> None:
         """Open the store and catch up with its changelogs. Raises ``KafkaUnreachable`` or ``StateUnusable``."""
@@ -225,7 +237,59 @@ class PartitionState:
         for store, log in changes.items():
             entries[store] = [(key, value) for key, (value, _) in log.entries.items()]
             applied[store] = max(applied[store], log.offset + 1)
+        mark = None
+        if SEEN in entries:
+            written = entries[SEEN]
+            late = self._calendar.find_late(written, applied[SEEN], in_order=True)
+            if late:
+                entries[_LATE] = late
+            mark = self._calendar.propose(written, applied[SEEN], time.time())
+        marks = self._calendar.marks if mark is None else [*self._calendar.marks, mark]
+        if mark is not None:
+            entries[_META] = [(b"marks", self._calendar.encode(marks))]
         self._put(entries, applied, current=True)
+        self._calendar.marks = marks
+
+    def is_purge_due(self, now: float, log_start: int = sys.maxsize) -> bool:
+        """Whether ``purge`` may find something; without ``log_start``, as far as the clock tells. Reads no file."""
+        horizon = self._walk or self._calendar.find_horizon(log_start, now)
+        return horizon is not None and horizon != self._purged
+
+    def purge(self, log_start: int, now: float, keys: int = STEP_KEYS) -> int:
+        """Remove what the changelog of `seen`, which starts at ``log_start``, holds no longer; look at some keys only.
+
+        The next call goes on where this one ended. Returns how many keys were looked at; 0 when nothing can be removed
+        now. One write; a crash leaves the store as before it or after it. The file does not shrink, its space is used
+        again. Raises ``StateUnusable``.
+        """
+        if self._environment is None or not self.is_purge_due(now, log_start):
+            return 0
+        if self._walk is None:
+            self._walk, self._place = self._calendar.find_horizon(log_start, now), b""
+        assert self._walk is not None, "it is due"
+        removed: list[tuple[bytes, bytes | None]] = []
+        looked = 0
+        with self._begin() as transaction:
+            cursor = transaction.cursor(db=self._databases[SEEN])
+            more = cursor.set_range(self._place)
+            while more and looked < keys:
+                looked += 1
+                key = bytes(cursor.key())
+                note = transaction.get(key, db=self._databases[_LATE])
+                if self._walk.is_after(bytes(cursor.value()), None if note is None else bytes(note)):
+                    removed.append((key, None))
+                more = cursor.next()
+            self._place = bytes(cursor.key()) if more else b""
+        entries: dict[str, list[tuple[bytes, bytes | None]]] = {SEEN: removed, _LATE: removed}
+        marks = self._calendar.marks
+        if not more:
+            marks = marks[marks.index(self._walk) :]
+            entries[_META] = [(b"marks", self._calendar.encode(marks))]
+        if removed or not more:
+            self._put(entries, self._applied)
+        if not more:
+            self._calendar.marks, self._purged, self._walk = marks, self._walk, None
+        return looked
 
     def discard(self, reason: str) -> StateUnusable:
         """Remove the damaged store, so that the next process rebuilds it; return the error to end this one with.
@@ -259,11 +323,14 @@ class PartitionState:
                 )
                 self._environment = environment
                 self._check_length(environment)
-                self._databases = {store: environment.open_db(store.encode()) for store in (*self._stores, _META)}
+                self._databases = {
+                    store: environment.open_db(store.encode()) for store in (*self._stores, _LATE, _META)
+                }
                 meta = self._read_meta(environment)
                 age = time.time() - float(meta.get(b"touched", b"0"))
                 applied = {store: int(meta.get(b"next:" + store.encode(), b"0")) for store in self._stores}
-            except (lmdb.Error, OSError, ValueError) as error:
+                self._calendar, self._walk, self._purged = Calendar(meta.get(b"marks")), None, None
+            except (lmdb.Error, OSError, ValueError, msgspec.MsgspecError) as error:
                 self.close()
                 if attempt:
                     raise StateUnusable(f"{type(error).__name__}.", place=str(self.path)) from None
@@ -294,11 +361,17 @@ class PartitionState:
                     chunk.append((item.key, item.value))
                 applied[store] = item.offset + 1
                 if len(chunk) >= 5000:
-                    self._put({store: chunk}, applied)
+                    self._put(self._date(store, chunk, applied), applied)
                     chunk.clear()
             else:
                 applied[store] = item[self.partition]
-        self._put({store: chunk}, applied)
+        self._put(self._date(store, chunk, applied), applied)
+
+    def _date(
+        self, store: str, chunk: list[tuple[bytes, bytes | None]], applied: Mapping[str, int]
+    ) -> dict[str, list[tuple[bytes, bytes | None]]]:
+        late = self._calendar.find_late(chunk, applied[store], in_order=False) if store == SEEN else []
+        return {store: chunk, _LATE: late}
 
     def _put(
         self,

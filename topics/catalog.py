@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 DAY_MS = 86_400_000
 SEVEN_YEARS_MS = 2_555 * DAY_MS
+SEEN_RETENTION_MS = 45 * DAY_MS
+"""How long a decided key is known: longer than any copy of its fact may come."""
 
 PAYMENTS = "payments"
 SETTLEMENTS = "settlements"
@@ -237,7 +239,7 @@ def _list_source_topics(source: str) -> list[Topic]:
             writer="worker",
             readers="worker",
             cleanup="compact,delete",
-            retention_ms=45 * DAY_MS,
+            retention_ms=SEEN_RETENTION_MS,
         ),
     ]
     if source != HL7:

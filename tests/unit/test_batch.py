@@ -359,7 +359,11 @@ async def test_metrics_count_each_fate(feeder):
 
 async def test_old_keys_are_forgotten_only_while_nothing_arrives(feeder):
     steps = []
-    feeder._purge = SimpleNamespace(step=lambda states: steps.append(list(states)))
+
+    async def step(states, _call):
+        steps.append(states)
+
+    feeder._purge = SimpleNamespace(step=step)
     feeder.group.polls = [[record(0), record(1)]]
     batch = await feeder.next_batch()
     assert len(batch.records) == 2

@@ -103,7 +103,7 @@ def build(tmp_path, monkeypatch):
             metrics=Metrics(),
         )
         feeder.group = Group(polls)
-        feeder.rooms = {(RAW, 0): Room(SimpleNamespace(close=lambda: None))}
+        feeder.rooms = {(RAW, 0): Room(SimpleNamespace(close=lambda: None, is_purge_due=lambda _now: False))}
         return Worker(feeder)
 
     return build

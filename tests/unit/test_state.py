@@ -1,5 +1,6 @@
 """The local store of a partition: a view that may be lost, old, foreign or damaged without harm."""
 
+import asyncio
 import os
 import shutil
 import time
@@ -8,7 +9,9 @@ from types import SimpleNamespace
 import lmdb
 import pytest
 
+from streams import expiry
 from streams import state as module
+from streams.expiry import KEPT_SECONDS, Purge
 from streams.state import LINEAGE, SEEN, WAITING, Draft, Lineage, PartitionState, SeenEntry, StateUnusable
 from topics.cluster import KafkaUnreachable
 from topics.reading import Record
@@ -332,6 +335,7 @@ def test_a_closed_store_is_not_read(open_state):
         state.read(SEEN, b"k")
     with pytest.raises(StateUnusable):
         state.apply({})
+    assert state.purge(1, 1.0) == 0
 
 
 def test_long_keys_stay_apart(open_state, log):
@@ -350,3 +354,215 @@ def test_partitions_do_not_share_a_store(open_state, tmp_path):
     second = PartitionState(tmp_path, "stripe", 1, (SEEN,))
     third = PartitionState(tmp_path, "adyen", 0, (SEEN,))
     assert len({first.path, second.path, third.path}) == 3
+
+
+# What may be forgotten
+
+
+class Site:
+    """A store that is written as a worker writes it, one record an offset, with a clock and a changelog's start."""
+
+    def __init__(self, open_state, log, monkeypatch):
+        self.now = 1_700_000_000.0
+        monkeypatch.setattr(module.time, "time", lambda: self.now)
+        monkeypatch.setattr(expiry, "MARK_EVERY", 10)
+        self.open, self.log, self.state = open_state, log, open_state()
+        self.raw = self.start = 0
+
+    def decide(self, *keys):
+        """A batch of new facts."""
+        draft = Draft(self.state)
+        for key in keys:
+            draft.cause = f"T:0:{self.raw}"
+            draft.write_seen(key, [*draft.read_seen(key), SeenEntry(b"d", draft.cause)])
+            self.raw += 1
+        self.log.commit(draft)
+
+    def write(self, key, entries):
+        """A batch of one write that no new record caused, as a failed release does."""
+        draft = Draft(self.state, cause=entries[-1].hop if entries else "T:0:0")
+        draft.write_seen(key, entries)
+        self.log.commit(draft)
+
+    def pass_window(self):
+        """Everything written so far is beyond the window, and the broker has deleted it."""
+        self.now += KEPT_SECONDS + 1
+        self.start = len(self.log.records["seen.stripe"])
+
+    def purge(self, keys=1000):
+        looked = 0
+        while step := self.state.purge(self.start, self.now, keys):
+            assert step <= keys
+            looked += step
+        return looked
+
+    @property
+    def keys(self):
+        return list_keys(self.state)
+
+    @property
+    def last(self):
+        return self.state._calendar.marks[-1]
+
+
+@pytest.fixture
+def site(open_state, log, monkeypatch):
+    return Site(open_state, log, monkeypatch)
+
+
+def test_keys_beyond_the_window_are_forgotten_and_later_ones_stay(site):
+    for number in range(5):
+        site.decide(*(f"old-{number}-{key}" for key in range(10)))
+    assert not site.state.is_purge_due(site.now + KEPT_SECONDS - 1)
+    assert site.state.is_purge_due(site.now + KEPT_SECONDS + 1)
+    site.pass_window()
+    site.decide("new-0", "old-0-0")
+    assert site.purge() == 51
+    assert site.keys == ["new-0", "old-0-0"], "a key that was written again is as new as that"
+    assert site.purge() == 0
+    assert not site.state.is_purge_due(site.now)
+    assert len(site.state._calendar.marks) == 1, "marks before the last purge are of no use"
+    site.decide(*(f"newer-{key}" for key in range(10)))
+    site.pass_window()
+    site.decide("newest")
+    assert site.purge() == 13
+    assert site.keys == ["newest"]
+
+
+def test_what_the_changelog_still_holds_stays_whatever_the_clock_says(site):
+    site.decide("a", "b")
+    site.decide(*(f"{number:02}" for number in range(10)))
+    site.now += 10 * KEPT_SECONDS
+    for start in (0, 1):
+        site.start = start
+        assert site.purge() == 0
+    site.start = 2  # the first batch is gone, of the second the broker still has everything
+    site.purge()
+    assert site.keys == [f"{number:02}" for number in range(10)]
+
+
+def test_a_truncated_changelog_alone_removes_nothing(site):
+    site.decide("a")
+    site.start = 1
+    site.now += KEPT_SECONDS - 1
+    assert site.purge() == 0
+    assert site.keys == ["a"]
+
+
+def test_what_a_failed_release_writes_lives_from_then_on(site):
+    site.decide("void", "left")
+    first = Draft(site.state).read_seen("left")
+    site.decide(*(f"{number:02}" for number in range(10)))
+    site.pass_window()
+    site.write("void", [])
+    site.write("left", first)  # an old hop, in a record that the changelog keeps
+    site.decide("again")
+    assert site.purge() > 0
+    assert site.keys == ["again", "left", "void"]
+    site.decide(*(f"x{number}" for number in range(10)))
+    site.pass_window()
+    site.decide("last")
+    site.purge()
+    assert site.keys == ["last"]
+
+
+def test_records_decided_again_after_a_frontier_was_set_back_live_from_then_on(site):
+    site.decide(*(f"{number:02}" for number in range(20)))
+    site.pass_window()
+    site.raw = 5
+    site.decide("once more", "and more")
+    site.decide("one")
+    site.purge()
+    assert site.keys == ["and more", "once more", "one"]
+
+
+def test_what_another_worker_wrote_meanwhile_lives_as_its_changelog_says(site, log):
+    site.decide("kept", "gone")
+    held = Draft(site.state).read_seen("kept")
+    site.pass_window()
+    # Written by the partition's next owner; our copy of the store comes back and reads it.
+    log.append("seen.stripe", b"kept", module._encoder.encode(held))
+    site.state.close()
+    later = site.now
+    site.state = PartitionState(site.state.path.parent, "stripe", 0, (SEEN, WAITING, LINEAGE))
+    site.now -= KEPT_SECONDS  # or the copy would be too old to be used at all
+    site.state.load(None)
+    site.now = later
+    site.purge()
+    assert site.keys == ["kept"]
+    site.state.close()
+
+
+def test_a_walk_is_cut_into_steps_and_goes_on_after_a_crash_anywhere(site, open_state):
+    site.decide(*(f"old-{number:03}" for number in range(100)))
+    site.pass_window()
+    site.decide("new")
+    assert site.state.purge(site.start, site.now, 30) == 30
+    assert len(site.keys) == 72
+    site.state = open_state()
+    assert len(site.keys) == 72
+    site.purge(7)
+    assert site.keys == ["new"]
+    assert len(site.state._calendar.marks) <= 2
+
+
+def test_a_forgotten_store_is_what_a_rebuilt_one_would_be(site, log, open_state):
+    site.decide(*(f"old-{number}" for number in range(30)))
+    site.pass_window()
+    site.decide("new")
+    site.purge()
+    kept = list(site.state.scan(SEEN))
+    site.state.close()
+    shutil.rmtree(site.state.path)
+    log.records["seen.stripe"] = [record for record in log.records["seen.stripe"] if record.offset >= site.start]
+    assert list(open_state().scan(SEEN)) == kept
+
+
+def test_an_ordinary_batch_leaves_no_notes_and_few_marks(site, monkeypatch):
+    looks = []
+    read = expiry._read_newest
+    monkeypatch.setattr(expiry, "_read_newest", lambda value: looks.append(value) or read(value))
+    site.decide("first")
+    looks.clear()
+    for number in range(9):
+        site.decide(f"{number}")
+    assert len(looks) == 9, "one look a batch, however many keys"
+    assert list(site.state.scan("late")) == []
+    assert len(site.state._calendar.marks) == 1
+
+
+async def test_the_purge_asks_the_broker_seldom_and_beside_the_work(site, monkeypatch):
+    asked, steady = [], [0.0]
+    told = {"seen.stripe": {}}
+
+    def read_starts(_kafka, topic):
+        asked.append(topic)
+        return told[topic]
+
+    async def call(function, *arguments):
+        return function(*arguments)
+
+    async def step_until(condition):
+        for _ in range(1000):
+            looked = await purge.step([site.state], call)
+            if condition():
+                return looked
+            await asyncio.sleep(0.001)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(expiry, "_read_starts", read_starts)
+    purge = Purge(None, clock=lambda: site.now, steady=lambda: steady[0])
+    site.decide(*(f"old-{number}" for number in range(20)))
+    assert await purge.step([site.state], call) == 0
+    assert asked == [], "nothing is due"
+    site.pass_window()
+    assert await purge.step([site.state], call) == 0, "the answer is not waited for"
+    await step_until(lambda: asked)
+    told["seen.stripe"] = {0: site.start}
+    for _ in range(5):
+        await asyncio.sleep(0.001)
+        assert await purge.step([site.state], call) == 0
+    assert asked == ["seen.stripe"]
+    steady[0] += expiry.ASK_SECONDS
+    await step_until(lambda: not site.keys)
+    assert asked == ["seen.stripe"] * 2
