@@ -336,6 +336,7 @@ def list_acts(
             "time": write_time(act.time),
             "by": act.by,
             "os_user": act.os_user,
+            "host": act.host,
             "act": act.act,
             "why": act.why,
             "ids": act.ids,
