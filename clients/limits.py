@@ -154,6 +154,9 @@ class ConcurrencyLimit:
     ``tolerance`` times the usual plus ``slack`` seconds. The mean is over one round of calls, as many as the limit. The
     usual follows the rounds slowly, so that a target that became slower for good is believed after some tens of them.
 
+    An overloaded caller is not an overloaded target. Where an answer may have lain unread, the least that the target
+    can have taken is compared with the most that it usually can have taken.
+
     Up to ``tolerated`` of a round's calls may fail without an answer: with one record in ten that makes a target fall
     over, a limit that falls at each would end at one call. Being told to wait always counts at once.
 
@@ -189,7 +192,8 @@ class ConcurrencyLimit:
         self._doubles = self._is_doubling = doubles
         self._generation = 0
         self._usual: float | None = None
-        self._latencies: list[float] = []
+        self._latencies: list[tuple[float, float]] = []
+        """Of a round's answered calls: the least and the most that the target can have taken."""
         self._unanswered = 0
         self._reached = False
 
@@ -201,8 +205,13 @@ class ConcurrencyLimit:
         self._reached = self._reached or self.under_way == self.limit
         return Call(now, self._generation)
 
-    def end(self, call: Call, now: float, kind: FailureKind | None) -> None:
-        """Give the place back with what the call came to. Once per call."""
+    def end(
+        self, call: Call, now: float, kind: FailureKind | None, *, before: float = 0.0, unread: float = 0.0
+    ) -> None:
+        """Give the place back with what the call came to. Once per call.
+
+        The caller had it for ``before`` seconds before the write; for ``unread`` seconds after, it read no answers.
+        """
         self.under_way -= 1
         if call.generation != self._generation:
             return
@@ -212,7 +221,8 @@ class ConcurrencyLimit:
         if kind in _PRESSURE:
             self._unanswered += 1
         else:
-            self._latencies.append(max(0.0, now - call.began))
+            most = max(0.0, now - call.began - before)
+            self._latencies.append((max(0.0, most - unread), most))
         if len(self._latencies) + self._unanswered >= self.limit:
             self._end_round()
 
@@ -234,10 +244,10 @@ class ConcurrencyLimit:
         if not self._latencies:
             self._begin_round()
             return
-        mean = sum(self._latencies) / len(self._latencies)
-        usual = mean if self._usual is None else self._usual
-        self._usual = usual + 0.1 * (mean - usual)
-        if mean > self._tolerance * usual + self._slack:
+        least, most = (sum(times) / len(times) for times in zip(*self._latencies, strict=True))
+        usual = most if self._usual is None else self._usual
+        self._usual = usual + 0.1 * (most - usual)
+        if least > self._tolerance * usual + self._slack:
             self._fall()
             return
         if self._reached:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from schemas.failure import Failure, FailureKind
 from sinks.attempts import WITHDRAWN, Failed
 from sinks.contract import Answer, Finding
+from sinks.stalls import Stalls
 from sinks.transport import Finder
 from telemetry.metrics import Metric
 
@@ -44,6 +45,14 @@ class Call:
 
     shard: Shard
     attempt: Attempt
+
+
+@dataclass(slots=True)
+class Watch:
+    """When a call last left us, and how late our event loop had been by then."""
+
+    left_at: float
+    stalls: float
 
 
 Result = Answer | Finding | Failed
@@ -76,6 +85,7 @@ class Calls:
         self._metrics = metrics
         self._line: deque[Call] = deque()
         self._running: dict[asyncio.Task[None], Call] = {}
+        self._stalls = Stalls(lambda: self._running)
         self._results: list[tuple[Call, Result]] = []
         self._draining = False
 
@@ -124,7 +134,8 @@ class Calls:
             if leave is None:
                 return
             call = self._line.popleft()
-            task = asyncio.create_task(self._make(call, leave))
+            self._stalls.watch()
+            task = asyncio.create_task(self._make(call, leave, now))
             self._running[task] = call
             task.add_done_callback(self._end)
 
@@ -159,30 +170,34 @@ class Calls:
         if not task.cancelled() and task.exception() is None:
             self.pump()
 
-    async def _make(self, call: Call, leave: Leave) -> None:
+    async def _make(self, call: Call, leave: Leave, entered: float) -> None:
         began = self._now().steady
-        result = await (self._look_up(call) if call.attempt.asks else self._post(call))
+        watch = Watch(began, self._stalls.measure())
+        result = await (self._look_up(call, watch) if call.attempt.asks else self._post(call, watch))
         now = self._now().steady
-        self._gate.leave(leave, now, result)
+        unread = self._stalls.measure() - watch.stalls
+        self._gate.leave(leave, now, result, before=watch.left_at - entered, unread=unread)
         self._metrics.observe(Metric.ATTEMPT_SECONDS, now - began, target=self._settings.name)
         self._results.append((call, result))
 
-    async def _post(self, call: Call) -> Answer | Failed:
+    async def _post(self, call: Call, watch: Watch) -> Answer | Failed:
         attempt = call.attempt
         assert attempt.request is not None
         try:
-            answer = await self._transport.send(attempt.request, lambda: self._check_write(call))
+            answer = await self._transport.send(attempt.request, lambda: self._check_write(call, watch))
         except Exception as error:  # noqa: BLE001 - whatever it was, after the write the request may have left
             kind = FailureKind.INTERNAL if attempt.written else FailureKind.UNAVAILABLE
             return _explain(error, kind)
         return answer if isinstance(answer, Answer) else self._judge(answer, call)
 
-    async def _look_up(self, call: Call) -> Finding | Answer | Failed:
+    async def _look_up(self, call: Call, watch: Watch) -> Finding | Answer | Failed:
         attempt = call.attempt
         assert attempt.request is not None
         assert self._finder is not None, "only a target with a look-up is asked"
         try:
-            return await self._finder.find(attempt.request, attempt.first_write_at, lambda: self._check_ask(call))
+            return await self._finder.find(
+                attempt.request, attempt.first_write_at, lambda: self._check_ask(call, watch)
+            )
         except Exception as error:  # noqa: BLE001 - a question that was not asked decides nothing
             return _explain(error, FailureKind.UNAVAILABLE)
 
@@ -194,15 +209,19 @@ class Calls:
         except Exception as error:  # noqa: BLE001 - an answer nobody can read says nothing about the posting
             return Answer(FailureKind.AMBIGUOUS, type(error).__name__)
 
-    def _check_write(self, call: Call) -> None:
+    def _check_write(self, call: Call, watch: Watch) -> None:
         self._check_lease(call)
-        if not call.shard.ledger.may_write(call.attempt, self._now()):
+        now = self._now()
+        if not call.shard.ledger.may_write(call.attempt, now):
             raise Withdrawn("WINDOW")
+        watch.left_at, watch.stalls = now.steady, self._stalls.measure()
 
-    def _check_ask(self, call: Call) -> None:
+    def _check_ask(self, call: Call, watch: Watch) -> None:
         self._check_lease(call)
-        if not call.shard.ledger.may_ask(call.attempt, self._now()):
+        now = self._now()
+        if not call.shard.ledger.may_ask(call.attempt, now):
             raise Withdrawn("WRITE_OPEN")
+        watch.left_at, watch.stalls = now.steady, self._stalls.measure()
 
     def _check_lease(self, call: Call) -> None:
         if not call.shard.owned or call.shard.is_leaving:

@@ -6,15 +6,20 @@ dead-lettered and no event's tries are counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from clients.breaker import Breaker, BreakerState, Ticket
 from clients.limits import Backoff, ConcurrencyLimit
 from clients.limits import Call as Place
 from schemas.failure import FailureKind
 from sinks.attempts import WITHDRAWN, Failed
-from sinks.contract import Answer, Finding
+from sinks.contract import Answer, Finding, TargetClass
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sinks.policy import Policy
 
 _ABOUT_ONE_CALL = frozenset({FailureKind.AMBIGUOUS, FailureKind.RATE_LIMITED})
 
@@ -98,8 +103,13 @@ class Gate:
             return None
         return Leave(ticket, place)
 
-    def leave(self, leave: Leave, now: float, result: Answer | Finding | Failed) -> None:
-        """Take what a call came to."""
+    def leave(
+        self, leave: Leave, now: float, result: Answer | Finding | Failed, *, before: float = 0.0, unread: float = 0.0
+    ) -> None:
+        """Take what a call came to.
+
+        The first ``before`` seconds of it were this process's; for ``unread`` seconds later, it read no answers.
+        """
         kind = result.kind if isinstance(result, Answer | Failed) else None
         if kind == WITHDRAWN:
             self._calls.withdraw()
@@ -108,7 +118,7 @@ class Gate:
         assert kind is None or isinstance(kind, FailureKind)
         if kind is FailureKind.UNAVAILABLE and isinstance(result, Answer) and not result.is_outage:
             kind = None  # it answered, about this event alone
-        self._calls.end(leave.place, now, kind)
+        self._calls.end(leave.place, now, kind, before=before, unread=unread)
         if kind is None or not isinstance(result, Answer | Failed):
             self._breaker.succeed(leave.ticket, now)
         else:
@@ -129,3 +139,11 @@ class Gate:
             pause = max(result.retry_after, self._throttle.draw_pause(self._throttled, self._draw))
             self._waits_until = max(self._waits_until, now + pause)
             self._wait_reason = result.code
+
+
+def make_gate(draw: Callable[[], float], policy: Policy, connections: int) -> Gate:
+    """The gate of an instance."""
+    # Each call without an answer costs a person's work at class D, elsewhere some waiting: there a few in a row among
+    # many are no outage.
+    threshold = 3 if policy.target_class is TargetClass.D else max(3, connections // 4)
+    return Gate(draw, ceiling=connections, threshold=threshold, probe_seconds=4 * policy.call_deadline + 30)

@@ -4,8 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
+from schemas.failure import ConfigurationError
 from sinks.contract import TargetClass
+from sinks.transport import Finder
+
+if TYPE_CHECKING:
+    from sinks.contract import Target, TargetSettings
+    from sinks.transport import Transport
+
+
+class LookUpMissing(ConfigurationError):
+    """A target claims class C and cannot be asked."""
+
+    code = "RS420"
+    meaning = "A target connector says that it can be asked for our reference (class C), and has no look-up."
+    default_remedy = "Declare `look_up` in the connector's `HttpHead`, or let `classify` say D."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much is held at once. ``calls_ahead``: calls made durable per connection, those on the wire included."""
+
+    poll_records: int = 1000
+    open_events: int = 20_000
+    """Events at work or about to be."""
+    stopped_events: int = 200_000
+    """Parked, refused and unknown ones. They are on disk; past the frontier, memory holds nothing of them."""
+    calls_ahead: int = 8
+    calls_ahead_class_d: int = 2
+    """Fewer where nothing can be resent: all of them become a person's work when the process is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +109,19 @@ class Policy:
     def choose_pause(self, tries: int) -> float:
         """Exponential pause before the next try of one event, without jitter (only this event waits for it)."""
         return float(min(self.retry_longest, self.retry_first * 2 ** min(tries, 20)))
+
+
+def derive_policy(target: Target, settings: TargetSettings, transport: Transport, session_timeout: float) -> Policy:
+    """The policy of an instance. Raises ``LookUpMissing``."""
+    target_class = target.classify(settings)
+    look_up = None if target.http is None else target.http.look_up
+    if target_class is TargetClass.C and (look_up is None or not isinstance(transport, Finder)):
+        raise LookUpMissing("it is of class C without a look-up.", place=f"targets.{settings.name}")
+    return Policy(
+        target_class=target_class,
+        call_deadline=transport.call_deadline,
+        session_timeout=session_timeout,
+        window=target.window(settings),
+        looks_up=look_up is not None,
+        visible_after=0.0 if look_up is None else look_up.visible_after,
+    )

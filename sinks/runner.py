@@ -16,22 +16,22 @@ import contextlib
 import random
 import time
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from schemas.failure import ConfigurationError, TemporaryError
+from schemas.failure import TemporaryError
 from schemas.wire import load_schema
 from sinks.attempts import WITHDRAWN, Failed, State
 from sinks.calls import Call, Calls, Result
 from sinks.contract import Answer, TargetClass
 from sinks.decisions import DecisionFeed, Decisions
-from sinks.gate import Gate
+from sinks.gate import make_gate
 from sinks.intake import Intake, Patients
-from sinks.policy import Moment, Policy, Step
+from sinks.overview import Overview
+from sinks.policy import Limits, Moment, Step, derive_policy
 from sinks.reports import SCHEMA, SUBJECT, Codecs
 from sinks.shards import Shards
 from sinks.transactions import Transactions
-from sinks.transport import Finder, open_transport
+from sinks.transport import open_transport
 from telemetry.log import get_log
 from telemetry.metrics import METRICS, Metric, Metrics
 from topics import catalog
@@ -63,28 +63,6 @@ _LONG_WAIT = 2.0
 
 _HAND_OVER_SECONDS = 5.0
 """At most, for the answers of partitions that are taken away."""
-
-
-class LookUpMissing(ConfigurationError):
-    """A target claims class C and cannot be asked."""
-
-    code = "RS420"
-    meaning = "A target connector says that it can be asked for our reference (class C), and has no look-up."
-    default_remedy = "Declare `look_up` in the connector's `HttpHead`, or let `classify` say D."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How much is held at once. ``calls_ahead``: calls made durable per connection, those on the wire included."""
-
-    poll_records: int = 1000
-    open_events: int = 20_000
-    """Events at work or about to be."""
-    stopped_events: int = 200_000
-    """Parked, refused and unknown ones. They are on disk; past the frontier, memory holds nothing of them."""
-    calls_ahead: int = 8
-    calls_ahead_class_d: int = 2
-    """Fewer where nothing can be resent: all of them become a person's work when the process is killed."""
 
 
 class Clock:
@@ -133,28 +111,10 @@ class Runner:
         self._clock = clock or Clock()
         self._log = get_log("deliverer", target=self.name)
         self._transport = transport or open_transport(target, settings, vault_key)
-        target_class = target.classify(settings)
-        look_up = None if target.http is None else target.http.look_up
-        if target_class is TargetClass.C and (look_up is None or not isinstance(self._transport, Finder)):
-            raise LookUpMissing("it is of class C without a look-up.", place=f"targets.{self.name}")
-        self._policy = Policy(
-            target_class=target_class,
-            call_deadline=self._transport.call_deadline,
-            session_timeout=kafka.session_timeout_seconds,
-            window=target.window(settings),
-            looks_up=look_up is not None,
-            visible_after=0.0 if look_up is None else look_up.visible_after,
-        )
-        is_d = target_class is TargetClass.D
+        self._policy = derive_policy(target, settings, self._transport, kafka.session_timeout_seconds)
+        is_d = self._policy.target_class is TargetClass.D
         self._ahead = self._limits.calls_ahead_class_d if is_d else self._limits.calls_ahead
-        self._gate = Gate(
-            draw,
-            ceiling=self._transport.connections,
-            # Each call without an answer costs a person's work at class D, elsewhere some waiting: there a few in a row
-            # among many are no outage.
-            threshold=3 if is_d else max(3, self._transport.connections // 4),
-            probe_seconds=4 * self._transport.call_deadline + 30,
-        )
+        self._gate = make_gate(draw, self._policy, self._transport.connections)
         self._calls = Calls(
             self._transport,
             target,
@@ -166,6 +126,7 @@ class Runner:
         )
         attempts_topic = catalog.name_attempts(self.name)
         self._shards = Shards(kafka, attempts_topic, self._policy)
+        self._overview = Overview(self.name, self._policy, self._shards, self._calls, self._gate, metrics=metrics)
         group = f"remitstream.deliver.{self.name}"
         process = f"{group}.{instance}.{slot}"
         self._consumer = GroupConsumer(
@@ -197,7 +158,6 @@ class Runner:
         self._identity_asked_again = 0.0
         self._held: TemporaryError | None = None
         self._was_shut = False
-        self._measured_at = 0.0
         self._is_paused = False
         self._stopping = asyncio.Event()
         self._draining = False
@@ -238,32 +198,8 @@ class Runner:
         return not reasons, reasons
 
     def status(self) -> dict[str, Any]:
-        """Numbers for people: events per state, calls on the wire, age of the oldest unfinished event in seconds."""
-        oldest: int | None = None
-        for shard in self._shards:
-            since = shard.ledger.queues.find_oldest()
-            oldest = since if oldest is None or (since is not None and since < oldest) else oldest
-        now = self._clock.now()
-        return {
-            "target": self.name,
-            "class": self._policy.target_class.value,
-            "states": self._count_states(),
-            "calls": self._calls.on_wire,
-            "call_limit": self._gate.limit,
-            "oldest_seconds": None if oldest is None else max(0.0, (now.wall - oldest) / 1000),
-            "available": not self._gate.is_shut(now.steady),
-            "breaker": self._gate.name_state(now.steady),
-            "paused": self._is_paused,
-            "partitions": sorted(f"{shard.topic}[{shard.partition}]" for shard in self._shards),
-        }
-
-    def _count_states(self) -> dict[str, int]:
-        counts = dict.fromkeys((state.value for state in State), 0)
-        for shard in self._shards:
-            for state, count in shard.ledger.queues.count_states().items():
-                counts[state.value] += count
-        del counts[State.DONE.value]
-        return counts
+        """Numbers for people; see ``Overview.describe``."""
+        return self._overview.describe(self._clock.now(), paused=self._is_paused)
 
     # One cycle.
 
@@ -324,7 +260,7 @@ class Runner:
             self._committed_calls.clear()
             self._calls.line_up(ready)
         await self._throttle()
-        self._measure(moment)
+        self._overview.measure(moment)
         return is_committed
 
     def _look(self) -> tuple[int, dict[Partition, int]]:
@@ -496,15 +432,6 @@ class Runner:
         elif self._is_paused and held < limits.open_events // 2 and stopped < limits.stopped_events:
             await self._consumer.resume()
             self._is_paused = False
-
-    def _measure(self, moment: Moment) -> None:
-        if moment.steady - self._measured_at < 1:
-            return
-        self._measured_at = moment.steady
-        for state, count in self._count_states().items():
-            self._metrics.set(Metric.OPEN_ATTEMPTS, count, target=self.name, state=state)
-        self._metrics.set(Metric.TARGET_OPEN, float(not self._was_shut), target=self.name)
-        self._metrics.set(Metric.CALL_LIMIT, self._gate.limit, target=self.name)
 
     def _is_lease_fresh(self) -> bool:
         """Whether the group's coordinator heard from us within half the session timeout."""

@@ -251,6 +251,21 @@ class TestConcurrency:
             now += 1
         assert limit.limit == 10
 
+    def test_what_the_caller_spent_is_not_the_target_s(self):
+        limit, now = ConcurrencyLimit(ceiling=10, initial=10), 0.0
+        for own in ({"before": 2.0}, {"unread": 2.0}, {"before": 1.0, "unread": 1.0}):
+            for _ in range(20):
+                calls = [limit.begin(now) for _ in range(10)]
+                for call in calls:
+                    limit.end(call, now + 0.1, None)
+                now += 1
+            for call in [limit.begin(now) for _ in range(10)]:
+                limit.end(call, now + 2.1, None, **own)
+            assert limit.limit == 10
+        for call in [limit.begin(now) for _ in range(10)]:
+            limit.end(call, now + 4.1, None, before=1.0, unread=1.0)
+        assert limit.limit == 7
+
     @given(st.data())
     def test_it_stays_within_its_bounds_and_counts_its_places(self, data):
         limit = ConcurrencyLimit(floor=2, ceiling=9, initial=data.draw(st.integers(0, 20)))

@@ -23,7 +23,8 @@ from sinks import shards
 from sinks.attempts import Entry, decode_entry, encode_entry
 from sinks.catalog import load
 from sinks.contract import Absent, Answer, Found, HttpHead, LookUp, Target, TargetClass, use_nothing
-from sinks.runner import Limits, LookUpMissing, Runner
+from sinks.policy import Limits, LookUpMissing
+from sinks.runner import Runner
 from sinks.transactions import LedgerRefused
 from sinks.transport import MllpTransport
 from telemetry.metrics import Metrics
