@@ -79,7 +79,8 @@ class ProcessSpec:
 
     ``env`` is its whole environment (None: the manager's). ``ready`` is the address of its health check, answered with
     200 when it can work, or a function that tells the same (called in a thread), or None when being started is enough.
-    Seconds: ``ready_timeout`` for the first start, ``stop_timeout`` between SIGTERM and SIGKILL. ``endless``: it is
+    Seconds: ``ready_timeout`` for the first start, three times that as long as it has not ended once (all start at the
+    same time, perhaps on a busy machine); ``stop_timeout`` between SIGTERM and SIGKILL. ``endless``: it is
     started again after exit code 0 too, unless it was told to stop.
     """
 
@@ -303,7 +304,11 @@ class ProcessManager:
         over = asyncio.create_task(self._over.wait())
         keeper = self._keepers[spec.name]
         try:
-            await asyncio.wait([ready, over, keeper], timeout=spec.ready_timeout, return_when=asyncio.FIRST_COMPLETED)
+            waiting, patience = [ready, over, keeper], spec.ready_timeout
+            await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if not self._status[spec.name].restarts:
+                await asyncio.wait(waiting, timeout=2 * patience, return_when=asyncio.FIRST_COMPLETED)
+                patience *= 3
             if keeper.done():
                 keeper.result()
             if self._refused is not None:
@@ -311,7 +316,7 @@ class ProcessManager:
             if not ready.done():
                 said = self._read_end(spec.name)
                 raise ProcessNotReadyError(
-                    f"{spec.name} was not ready after {spec.ready_timeout:.0f} s; it last wrote: {said}",
+                    f"{spec.name} was not ready after {patience:.0f} s; it last wrote: {said}",
                     place=self._status[spec.name].log or spec.name,
                 )
         finally:

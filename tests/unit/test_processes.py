@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,20 @@ async def test_one_that_never_becomes_ready_is_told_with_its_last_words(tmp_path
         await manager.start()
     assert caught.value.exit_code == ExitCode.RETRY
     assert manager.status()["a"].state == "stopped"
+
+
+async def test_one_that_is_slow_but_has_not_ended_is_given_more_time(tmp_path):
+    """On a busy machine a start takes long; one that ended and started again has shown that it is not only slow."""
+    code = "import time\nprint('working', flush=True)\nwhile True: time.sleep(1)"
+    begun = time.monotonic()
+    slow = make_spec("slow", code, ready=lambda: time.monotonic() > begun + 1.2, ready_timeout=1.0)
+    manager = ProcessManager([slow], tmp_path)
+    await manager.start()
+    assert manager.status()["slow"].state == "ready"
+    await manager.stop()
+    ends = ProcessSpec(name="ends", argv=["sh", "-c", "exit 1"], ready=lambda: False, ready_timeout=1.0)
+    with pytest.raises(ProcessNotReadyError, match="not ready after 1 s"):
+        await ProcessManager([ends], tmp_path).start()
 
 
 async def test_stop_goes_backwards_and_kills_what_does_not_listen(tmp_path):
