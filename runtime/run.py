@@ -163,6 +163,15 @@ class _Run:
         await self._manager.start()
         self._start.seconds = time.monotonic() - self._start.begin
         self._console.print(f"ready after {self._start.seconds:.1f} s")
+        self._tell_addresses()
+
+    def _tell_addresses(self) -> None:
+        """What can be opened from now on until the run ends."""
+        told, settings = self._console.print, self._settings
+        told(f"webhooks  http://{settings.receiver.host}:{settings.receiver.port}/webhooks/stripe/ACCOUNT")
+        told(f"metrics   http://{settings.health.host}:{settings.health.worker}/metrics (worker)")
+        told(f"ledger    http://127.0.0.1:{settings.sandbox.control_port}/ledger")
+        told(f"kafka     {settings.kafka.bootstrap}   registry {settings.registry.url}")
 
     def _list_processes(self) -> list[ProcessSpec]:
         settings = self._settings
@@ -430,11 +439,6 @@ class _Run:
             told(difference, highlight=False)
         rows = report["ledger"]["expected"]
         told(f"ledger: {rows} postings expected, {'equal to the cent' if report['ledger']['equal'] else 'NOT equal'}")
-        settings = self._settings
-        told(f"webhooks  http://{settings.receiver.host}:{settings.receiver.port}/webhooks/stripe/ACCOUNT")
-        told(f"metrics   http://{settings.health.host}:{settings.health.worker}/metrics (worker)")
-        told(f"ledger    http://127.0.0.1:{settings.sandbox.control_port}/ledger")
-        told(f"kafka     {settings.kafka.bootstrap}   registry {settings.registry.url}")
 
 
 class _NotingProgress(StackProgress):

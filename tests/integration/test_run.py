@@ -65,6 +65,12 @@ def test_the_report_names_everything(first):
     assert f"lost: {report['lost']}" in first.output.splitlines()
 
 
+def test_addresses_are_told_as_soon_as_they_answer(first):
+    lines = first.output.splitlines()
+    ready = next(number for number, line in enumerate(lines) if line.startswith("ready after"))
+    assert [line.split()[0] for line in lines[ready + 1 : ready + 5]] == ["webhooks", "metrics", "ledger", "kafka"]
+
+
 def test_nothing_is_left_running(first):
     assert first.left == []
 
