@@ -24,7 +24,7 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, To
 
 from schemas.failure import ConfigurationError, FatalError, OperatorError, TemporaryError
 from topics import frontier
-from topics.cluster import describe_topics, name_error
+from topics.cluster import COMPLAINT_SECONDS, KafkaUnreachable, describe_topics, name_error
 from topics.lease import STATISTICS_INTERVAL_MS, Lease
 from topics.reading import TopicMissing, TopicReader
 from topics.transaction import Changelog, Output, ProcessFenced, RecordRefused, TransactionAborted, Transactor
@@ -39,6 +39,15 @@ R = TypeVar("R")
 Partition = tuple[str, int]
 """Topic name and partition number."""
 
+
+_STANDSTILL = frozenset(
+    {
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+    }
+)
+"""The client goes on asking, in vain until somebody acts, and nobody else would tell."""
 
 TOPICS_SECONDS = 30.0
 """How often a member looks whether its topics are still the ones it began with."""
@@ -188,6 +197,7 @@ class GroupConsumer(Generic[R]):
         self._loaders = ThreadPoolExecutor(4, thread_name_prefix=f"load-{group}")
         self._load_locks: dict[Partition, Lock] = {}
         self._topics_seen_at = time.monotonic()
+        self._told: dict[tuple[str, int], float] = {}
         self._all_paused = False
         self._is_placing = False
         self._closed = False
@@ -350,6 +360,15 @@ class GroupConsumer(Generic[R]):
             raise frontier.FrontierLost(
                 "the position is outside the log.", place=f"{message.topic()}[{message.partition()}]"
             )
+        if error.code() in _STANDSTILL:
+            self._tell(error, message.topic() or self.group)
+
+    def _tell(self, error: KafkaError, place: str) -> None:
+        now = time.monotonic()
+        if now - self._told.get((place, error.code()), float("-inf")) >= COMPLAINT_SECONDS:
+            self._told[place, error.code()] = now
+            remedy = "Check this user's rights on the topic and on the group, and that the topic exists."
+            self._report("client_trouble", KafkaUnreachable(f"{error.name()}.", place=place, remedy=remedy))
 
     def _begin(self, key: Partition, offset: int) -> int:
         """Check the first record of a partition; offsets only rise after it. Return the lowest one wanted."""
