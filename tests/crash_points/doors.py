@@ -186,8 +186,15 @@ def find_rollback(recording):
     return slice(next(n for n, (_, point) in enumerate(recording) if point.door == "Consumer.poll"))
 
 
-def choose_points(recording, part=None):
+def find_loaders(recording):
+    """Threads that open stores: what they pass is the same for every batch, and comes beside it."""
+    return {thread for thread, point in recording if point.door == "Environment.open_db"}
+
+
+def choose_points(recording, part=None, without=()):
     """Distinct points of a recording, or of a part of it, in order of their first passage there.
+
+    ``without`` are threads that are left out.
 
     A suspension goes through all frames of a chain of awaits, a resumption too: one of each is kept. Of a call that is
     made many times, the first and the last passage.
@@ -197,7 +204,7 @@ def choose_points(recording, part=None):
     for number, (thread, (door, place, side, _)) in enumerate(recording[: inside.stop]):
         key = (door, place, side)
         counts[key] += 1
-        if number not in inside:
+        if number not in inside or thread in without:
             continue
         point = Point(*key, counts[key])
         before, last[thread] = last.get(thread), side

@@ -6,7 +6,7 @@ import random
 import time
 from dataclasses import dataclass
 
-from tests.crash_points.doors import Point, choose_points, find_batch, find_rollback, list_failures
+from tests.crash_points.doors import Point, choose_points, find_batch, find_loaders, find_rollback, list_failures
 from tests.crash_points.sweep import SweepFailed
 
 COMMIT_STEPS = (
@@ -87,10 +87,13 @@ def find_points(sweep, say):
 
 
 def find_batch_points(sweep, say):
-    """As ``find_points``, from the poll on that brought the batch: what comes before is the same for every traffic."""
+    """As ``find_points``, from the poll on that brought the batch: what comes before is the same for every traffic.
+
+    So is what loads partitions beside it.
+    """
     sweep.warm_up()
     recording = sweep.record()
-    points = choose_points(recording, find_batch(recording))
+    points = choose_points(recording, find_batch(recording), find_loaders(recording))
     if not set(COMMIT_STEPS) <= {point.door for point in points}:
         raise SweepFailed("the recorded batch holds no whole commit")
     say(f"{len(points)} points on the way of a batch of {sweep.traffic.source}")
