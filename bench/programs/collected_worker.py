@@ -18,22 +18,22 @@ from typing import Any
 
 
 class CollectorClock:
-    """Counts collections by generation. ``gc`` calls it around each one."""
+    """Counts collections by generation, their CPU seconds and the longest elapsed. ``gc`` calls it around each one."""
 
     def __init__(self) -> None:
         self.generations = [{"collections": 0, "seconds": 0.0, "longest": 0.0, "collected": 0} for _ in range(3)]
         self.uncollectable = 0
-        self._began = 0.0
+        self._began = self._used = 0.0
 
     def __call__(self, phase: str, info: dict[str, Any]) -> None:
         """Take note of one call of the collector."""
         if phase == "start":
-            self._began = time.perf_counter()
+            self._began, self._used = time.perf_counter(), time.thread_time()
             return
         spent = time.perf_counter() - self._began
         figures = self.generations[info["generation"]]
         figures["collections"] += 1
-        figures["seconds"] += spent
+        figures["seconds"] += time.thread_time() - self._used
         figures["longest"] = max(figures["longest"], spent)
         figures["collected"] += info["collected"]
         self.uncollectable += info["uncollectable"]

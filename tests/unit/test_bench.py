@@ -20,6 +20,7 @@ from bench.meter import Mark, build_ratios, compare_marks, compare_threads, find
 from bench.outputs import SCHEMA, Checker, WrongOutput, parse_schema
 from bench.plan import GUESSED_RATES, estimate_minutes, estimate_posting_minutes
 from bench.profiler import sum_up, write_summary
+from bench.programs.collected_worker import CollectorClock
 from bench.programs.local_store import Runs
 from bench.report import judge, read_report, write_report
 from bench.scenario import Run, Scenario, compare_shares, has_idle_process
@@ -336,6 +337,17 @@ def test_steps_are_rises_between_neighbours_and_come_with_the_backlog_of_their_t
         for at, lag in ((20.0, 9000.0), (40.0, 1.0), (70.0, 700.0), (100.0, 5.0), (130.0, 8000.0))
     ]
     assert describe_steps(readings) == [{"minute": pytest.approx(100 / 60), "mib": 2.0, "largest_lag": 700.0}]
+
+
+def test_the_collector_is_charged_with_cpu_not_with_waiting_for_a_processor(monkeypatch):
+    elapsed, used = iter((0.0, 5.0, 10.0, 11.0)), iter((0.0, 0.25, 1.0, 1.5))
+    monkeypatch.setattr("bench.programs.collected_worker.time.perf_counter", lambda: next(elapsed))
+    monkeypatch.setattr("bench.programs.collected_worker.time.thread_time", lambda: next(used))
+    clock = CollectorClock()
+    for _ in range(2):
+        clock("start", {"generation": 1, "collected": 0, "uncollectable": 0})
+        clock("stop", {"generation": 1, "collected": 3, "uncollectable": 0})
+    assert clock.generations[1] == {"collections": 2, "seconds": 0.75, "longest": 5.0, "collected": 6}
 
 
 def test_sorted_runs_keep_the_latest_entry_of_a_key(tmp_path):
