@@ -88,6 +88,7 @@ class Calls:
         self._stalls = Stalls(lambda: self._running)
         self._results: list[tuple[Call, Result]] = []
         self._draining = False
+        self._broken: BaseException | None = None
 
     @property
     def under_way(self) -> int:
@@ -120,7 +121,10 @@ class Calls:
             self._results.append((self._line.popleft(), Failed(WITHDRAWN, code)))
 
     def take_results(self) -> list[tuple[Call, Result]]:
-        """What calls came to since the last time."""
+        """What calls came to since the last time. Raises what broke a call for which we know no result."""
+        if self._broken is not None:
+            # Its event would wait for ever: the process ends, and the next one takes it up as unknown.
+            raise self._broken
         results, self._results = self._results, []
         return results
 
@@ -167,7 +171,10 @@ class Calls:
 
     def _end(self, task: asyncio.Task[None]) -> None:
         self._running.pop(task, None)
-        if not task.cancelled() and task.exception() is None:
+        if task.cancelled():
+            return
+        self._broken = self._broken or task.exception()
+        if self._broken is None:
             self.pump()
 
     async def _make(self, call: Call, leave: Leave, entered: float) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from sinks import runner
+from sinks import policy
 from sinks.attempts import Flush, State, decode_entry
 from sinks.calls import Calls
 from sinks.contract import TargetClass
@@ -160,7 +160,7 @@ CONTROLS = (
     ),
     Control(
         "look-up while a write is open",
-        lambda: mock.patch.object(runner, "Policy", _forget_the_waits),
+        lambda: mock.patch.object(policy, "Policy", _forget_the_waits),
         TargetClass.C,
         frozenset({"doubled"}),
     ),

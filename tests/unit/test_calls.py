@@ -1,4 +1,4 @@
-"""What this process spends itself is not the target's time; in virtual time, on a loop that is made to stall."""
+"""Calls: whose time they take, and that none ends unnoticed. In virtual time, on a loop that is made to stall."""
 
 import asyncio
 from types import SimpleNamespace
@@ -93,6 +93,23 @@ def make_call(*, asks=False):
     attempt = SimpleNamespace(asks=asks, request=object(), first_write_at=0, written=False)
     ledger = SimpleNamespace(may_write=lambda *_: True, may_ask=lambda *_: True)
     return Call(SimpleNamespace(owned=True, is_leaving=False, ledger=ledger), attempt)
+
+
+def test_a_call_that_breaks_inside_us_is_told():
+    class Broken(Gate):
+        def leave(self, *_arguments, **_options):
+            raise ZeroDivisionError
+
+    async def play():
+        calls = make_calls(Target(), Broken(lambda: 0.5, ceiling=4))
+        calls.line_up([make_call(), make_call()])
+        await asyncio.sleep(60)
+        assert calls.on_wire == 0
+        with pytest.raises(ZeroDivisionError):
+            calls.take_results()
+        await calls.close()
+
+    virtual_time.run(play())
 
 
 @pytest.mark.parametrize("asks", [False, True])
