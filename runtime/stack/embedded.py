@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import shutil
 import socket
@@ -22,6 +23,7 @@ import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from runtime.stack.artifacts import PARTS, Cache, read_lock
@@ -40,8 +42,7 @@ from runtime.stack.errors import ComponentStartError, PortTakenError, StackBusyE
 from runtime.stack.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
 _POLL: Final = 0.03
 _PATIENCE_WITH_LIVE: Final = 10.0
@@ -333,29 +334,51 @@ class EmbeddedStack:
         return log
 
     def _read_ports(self) -> dict[str, int]:
-        try:
-            ports: dict[str, int] = json.loads(self._ports_file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return {}
-        return ports
+        return _read_ports(self._home)
 
     def _assign_ports(self, component: Component, *, keep: bool) -> dict[str, int]:
-        """Ports for one component: pinned, else remembered, else preferred, else the next free ones."""
+        """Ports for one component: pinned, else remembered, else preferred, else the next free ones.
+
+        A new one is never what another stack remembers, running or not: that stack's clients would come back to a
+        broker that is not theirs, and be answered.
+        """
         with self._ports_guard:
-            known = self._read_ports()
+            known, others = self._read_ports(), self._list_ports_of_others()
             chosen: dict[str, int] = {}
             for role, preferred in component.ports.items():
                 wanted = self._pinned.get(role, known.get(role, preferred))
-                if _is_free(wanted):
+                held = role in self._pinned or role in known
+                if _is_free(wanted) and (held or wanted not in others):
                     chosen[role] = wanted
                 elif role in self._pinned or keep:
                     raise PortTakenError(f"Port {wanted} is used by another program.", place=f"{role} port {wanted}")
                 else:
-                    chosen[role] = _find_free(preferred, lambda p: p not in {*known.values(), *chosen.values()})
+                    avoided = {*known.values(), *chosen.values(), *others}
+                    chosen[role] = _find_free(preferred, avoided)
             scratch = self._ports_file.with_suffix(".new")
             scratch.write_text(json.dumps(known | chosen), encoding="utf-8")
             scratch.replace(self._ports_file)
             return chosen
+
+    def _list_ports_of_others(self) -> set[int]:
+        """Ports in the memory of all stacks that share this cache, except ours. Makes ours known to them."""
+        homes, ports = self._cache.folder / "homes", set[int]()
+        own = homes / hashlib.sha256(str(self._home).encode()).hexdigest()[:16]
+        with contextlib.suppress(OSError):  # a cache that is only read still serves
+            homes.mkdir(parents=True, exist_ok=True)
+            own.write_text(str(self._home), "utf-8")
+            for place in homes.iterdir():
+                if place != own:
+                    ports.update(_read_ports(Path(place.read_text("utf-8"))).values())
+        return ports
+
+
+def _read_ports(home: Path) -> dict[str, int]:
+    try:
+        ports: dict[str, int] = json.loads((home / "ports.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return ports
 
 
 def _is_free(port: int) -> bool:
@@ -369,10 +392,10 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _find_free(preferred: int, allowed: Callable[[int], bool]) -> int:
+def _find_free(preferred: int, avoided: set[int]) -> int:
     """Next free port above the preferred one; below the range the system gives to outgoing connections."""
     for port in range(preferred + _PORT_STEP, preferred + _PORT_STEP * _PORT_TRIES, _PORT_STEP):
-        if allowed(port) and _is_free(port):
+        if port not in avoided and _is_free(port):
             return port
     raise PortTakenError(f"No free port was found above {preferred}.", place=f"ports from {preferred}")
 

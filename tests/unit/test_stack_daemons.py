@@ -201,6 +201,26 @@ def test_a_taken_port_is_replaced_and_the_new_one_is_remembered(tmp_path, monkey
     assert make_stack(tmp_path)._assign_ports(redis, keep=False) == {"redis": chosen}, "also when it is free again"
 
 
+def test_the_port_of_another_stack_is_left_to_it_while_it_is_down(tmp_path, monkeypatch):
+    """Its clients try to come back to that port: they must not find our broker there."""
+    with listen() as free:
+        preferred = free.getsockname()[1]
+    monkeypatch.setattr(Redis, "ports", {"redis": preferred})
+
+    def choose(name, **more):
+        (tmp_path / name).mkdir(exist_ok=True)
+        stack = EmbeddedStack(tmp_path / name, tmp_path / "cache", **more)
+        return stack._assign_ports(stack._components["redis"], keep=False)["redis"]
+
+    first, second, third = choose("first"), choose("second"), choose("third")
+    assert first == preferred
+    assert len({first, second, third}) == 3
+    assert (choose("first"), choose("second"), choose("third")) == (first, second, third)
+    assert choose("fourth", ports={"redis": first}) == first, "who pins a port decides"
+    (tmp_path / "second" / "ports.json").unlink()
+    assert choose("fifth") == second, "a stack that was removed holds nothing"
+
+
 def test_a_port_that_must_stay_is_an_error_when_it_is_taken(tmp_path):
     with listen() as taken:
         port = taken.getsockname()[1]
