@@ -55,7 +55,7 @@ def main():
         opened.callback(payments.close)
         points = find_points(payments, say)
         trials = list_trials(points) + find_rollback_trials(payments, points, say)
-        admissions = Sweep(deployment, Admissions())
+        admissions = Sweep(deployment, Admissions(), payments.nursery)
         opened.callback(admissions.close)
         points = find_batch_points(admissions, say)
         others = list_trials(points) + find_rollback_trials(admissions, points, say, steps=COMMIT_STEPS[-1:])

@@ -102,9 +102,11 @@ class Nursery:
 class Sweep:
     """A deployment with one partition for each raw topic, and everything sent so far of one kind of traffic."""
 
-    def __init__(self, deployment, traffic):
+    def __init__(self, deployment, traffic, nursery=None):
+        """``nursery``: that of another sweep of the deployment, which ends it."""
         self.deployment = deployment
         self.traffic = traffic
+        self._is_guest = nursery is not None
         self.run = 0
         self.sent = []
         self.patience = PATIENCE
@@ -115,10 +117,11 @@ class Sweep:
         self._hours = 2 * settings.worker.parent_wait_hours
         self._producer = Producer({"bootstrap.servers": settings.kafka.bootstrap, "partitioner": "murmur2_random"})
         self.oracle = Oracle(settings.kafka.bootstrap, settings.registry.url, traffic.source, traffic.stores)
-        self.nursery = Nursery(deployment)
+        self.nursery = nursery or Nursery(deployment)
 
     def close(self):
-        self.nursery.close()
+        if not self._is_guest:
+            self.nursery.close()
         self.oracle.close()
         self.traffic.close()
 
@@ -146,7 +149,7 @@ class Sweep:
         self.oracle.follow_to_end()
         if not self._is_done():
             raise SweepFailed(f"the recorded worker did not do all\n{self._describe()}")
-        self._finish()
+        self._judge()
         return read_recording(target)
 
     def try_point(self, trial):
