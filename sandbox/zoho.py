@@ -70,9 +70,10 @@ class Organization(Receiver):
         )
 
     def list_reads(self) -> Iterable[tuple[str, str, Handler]]:
-        """Lists of payments and of a payment's refunds."""
+        """Payments, one of them, and its refunds."""
         return (
             ("GET", "/books/v3/customerpayments", self._list_payments),
+            ("GET", "/books/v3/customerpayments/{payment}", self._show_one),
             ("GET", "/books/v3/customerpayments/{payment}/refunds", self._list_refunds),
         )
 
@@ -157,6 +158,12 @@ class Organization(Receiver):
             found = [payment for payment in found if payment.reference.startswith(start)]
         rows = [{"payment_id": payment.id, "amount": payment.amount, "payment_mode": "creditcard"} for payment in found]
         return self._show_page("customer_payments", rows, request)
+
+    def _show_one(self, request: web.Request, _body: bytes) -> Reply:
+        payment = self.payments.get(request.match_info["payment"])
+        if payment is None:
+            return Reply(404, {"code": 1012, "message": "Payment does not exist"})
+        return _show_payment(payment, "success", 200)
 
     def _list_refunds(self, request: web.Request, _body: bytes) -> Reply:
         payment = self.payments.get(request.match_info["payment"])

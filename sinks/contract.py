@@ -134,7 +134,7 @@ class Absent:
 
 @dataclass(frozen=True, slots=True)
 class NextPage:
-    """Not on this page, and there are more: ask this next."""
+    """Not decided by this answer: ask this next."""
 
     request: Request
 
@@ -179,9 +179,10 @@ class Completion:
 
     ask: Callable[[Request, Any], Request | None]
     """The question, which changes nothing at the target; None when the request is whole as it was frozen."""
-    read: Callable[[HttpResponse, Request, Any], str | Verdict | None]
-    """The whole URL to write to, or why nothing is written: UNAVAILABLE (not there yet) or REJECTED. None leaves it to
-    the table of statuses, where 2xx is UNAVAILABLE. What it raises is UNAVAILABLE."""
+    read: Callable[[HttpResponse, Request, Request, Any], str | Verdict | NextPage | None]
+    """Read an answer, given the question, the frozen request and the settings: the whole URL to write to, what to ask
+    next, or why nothing is written: UNAVAILABLE (not there yet) or REJECTED. None leaves it to the table of statuses,
+    where 2xx is UNAVAILABLE. What it raises is UNAVAILABLE."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -298,14 +298,19 @@ class HttpTransport:
         question = None if completion is None else completion.ask(request, self._settings)
         if question is None:
             return request.url
-        try:
-            response = await self._exchange(question, before_write)
-        except Failure as failure:
-            if failure.kind is FailureKind.AMBIGUOUS:
-                # The question changes nothing, and the write was not begun.
-                raise Failure(FailureKind.UNAVAILABLE, failure.code) from None
-            raise
-        return read_completion(self._head, response, request, self._settings, now=time.time())
+        for _ in range(_MOST_PAGES):
+            try:
+                response = await self._exchange(question, before_write)
+            except Failure as failure:
+                if failure.kind is FailureKind.AMBIGUOUS:
+                    # The question changes nothing, and the write was not begun.
+                    raise Failure(FailureKind.UNAVAILABLE, failure.code) from None
+                raise
+            read = read_completion(self._head, response, question, request, self._settings, now=time.time())
+            if not isinstance(read, NextPage):
+                return read
+            question = read.request
+        return Answer(FailureKind.UNAVAILABLE, "TOO_MANY_PAGES")
 
     async def _exchange(self, request: Request, before_write: Callable[[], None]) -> HttpResponse:
         if not self._is_open:
@@ -336,7 +341,7 @@ class HttpTransport:
 
 
 _MOST_PAGES = 50
-"""Of one look-up: a list that never ends must not hold a connection for ever."""
+"""Of one look-up or completion: a list that never ends must not hold a connection for ever."""
 
 
 def _open_credential(
@@ -399,17 +404,17 @@ def read_finding(
 
 
 def read_completion(
-    head: HttpHead, response: HttpResponse, request: Request, settings: TargetSettings, *, now: float
-) -> str | Answer:
-    """The URL to write a request to, from the answer to its question; an ``Answer`` when nothing is written."""
+    head: HttpHead, response: HttpResponse, page: Request, request: Request, settings: TargetSettings, *, now: float
+) -> str | NextPage | Answer:
+    """The URL to write a request to, from the answer to a question; an ``Answer`` when nothing is written."""
     assert head.completion is not None, "only a target with a completion is asked"
     try:
-        read = head.completion.read(response, request, settings)
+        read = head.completion.read(response, page, request, settings)
     except Exception:  # noqa: BLE001 - an answer that cannot be read names no place to write to
         read = None
         if response.status // 100 == 2:
             read = Verdict(FailureKind.UNAVAILABLE, "ANSWER_UNREADABLE")
-    if isinstance(read, str):
+    if isinstance(read, str | NextPage):
         return read
     if read is not None:
         return Answer(read.kind or FailureKind.UNAVAILABLE, read.code, "", read.retry_after or 0.0)

@@ -72,6 +72,9 @@ _ROOT_LENGTH: Final = 12
 _OTHERS: Final = frozenset({Kind.REFUND_REVERSAL, Kind.CHARGEBACK, Kind.CHARGEBACK_REVERSAL})
 _ID = re.compile(r"[0-9]{1,40}\Z")
 _PAGE: Final = 200
+_PAYMENTS: Final = "/books/v3/customerpayments"
+_SEVERAL: Final = "SEVERAL_PAYMENTS"
+_INEXACT: Final = "SEARCH_INEXACT"
 """Records of a page, as Zoho gives by default."""
 _READ: Final = (("accept", "application/json"),)
 _WRITE: Final = (("accept", "application/json"), ("content-type", "application/json"))
@@ -195,7 +198,7 @@ def freeze(event: MoneyEvent, context: PostingContext, settings: ZohoSettings) -
     # Exact: a Decimal is written with its own digits, no float is made of it.
     amount = Decimal(money.major())
     document |= {"amount": amount, "reference_number": reference}
-    path = f"{settings.choose_base(_HTTP)}/books/v3/customerpayments"
+    path = f"{settings.choose_base(_HTTP)}{_PAYMENTS}"
     organization = f"organization_id={settings.organization}"
     if is_refund:
         document["from_account_id"] = settings.account
@@ -241,7 +244,9 @@ def ask_payment(request: Request, _settings: ZohoSettings) -> Request | None:
     return _search(request, "reference_number_startswith", _read_root(request)) if _is_refund(request) else None
 
 
-def read_payment(response: HttpResponse, request: Request, _settings: ZohoSettings) -> str | Verdict | None:
+def read_payment(
+    response: HttpResponse, page: Request, request: Request, _settings: ZohoSettings
+) -> str | Verdict | NextPage | None:
     """The address of that payment's refunds. A payment that is not there (yet) keeps the refund waiting."""
     if not speaks_of_record(response.status):
         return None
@@ -250,15 +255,16 @@ def read_payment(response: HttpResponse, request: Request, _settings: ZohoSettin
     error = _read_error(body, good=good)
     if error is not None or not good:
         return None if error is None else _make_harmless(error)
-    found = _list_payments(body, _read_root(request), whole=False)
-    if isinstance(found, Unclear):
-        return Verdict(FailureKind.UNAVAILABLE, found.code)
-    if not found:
+    found = _find_payment(body, page, request)
+    if isinstance(found, NextPage):
+        return found
+    if found is None:
         return Verdict(FailureKind.UNAVAILABLE, "PAYMENT_NOT_FOUND")
-    if len(found) > 1:
+    if isinstance(found, Unclear):
         # Which of the lineage's captures a refund belongs to, the event does not say.
-        return Verdict(FailureKind.REJECTED, "SEVERAL_PAYMENTS")
-    return request.url.replace(f"/{_read_root(request)}/", f"/{found[0]}/", 1)
+        kind = FailureKind.REJECTED if found.code == _SEVERAL else FailureKind.UNAVAILABLE
+        return Verdict(kind, found.code)
+    return _name_refunds(request, found)
 
 
 def ask_posting(request: Request, _first_write_at: int, _settings: ZohoSettings) -> Request:
@@ -279,19 +285,47 @@ def read_posting(
         return Unclear("ANSWER_NOT_A_LIST")
     if _is_refund(page):
         return _find_refund(body, page, request)
-    found = _list_payments(
-        body, _read_root(request) if _is_refund(request) else request.reference, whole=not _is_refund(request)
-    )
+    found = _find_payment(body, page, request)
+    if isinstance(found, NextPage | Unclear):
+        return found
+    if not _is_refund(request):
+        return Absent() if found is None else Found(found)
+    if found is None:
+        return Unclear("PAYMENT_NOT_FOUND")
+    return NextPage(_make_question(request, f"{_name_refunds(request, found)}&page=1&per_page={_PAGE}"))
+
+
+def _find_payment(body: Any, page: Request, request: Request) -> str | NextPage | Unclear | None:
+    """The id of the one payment with our reference; None when there is none.
+
+    The documented list shows no references, and a filter that was not understood would list another's payment: the one
+    it lists is asked for itself.
+    """
+    whole = not _is_refund(request)
+    wanted = request.reference if whole else _read_root(request)
+    path = urlsplit(page.url).path
+    if not path.endswith(_PAYMENTS):
+        payment = body["payment"]
+        if str(payment["payment_id"]) != path.rpartition("/")[2]:
+            return Unclear("ANSWER_OF_ANOTHER")
+        return str(payment["payment_id"]) if _names(payment["reference_number"], wanted, whole) else Unclear(_INEXACT)
+    found = _list_payments(body, wanted, whole=whole)
     if isinstance(found, Unclear):
         return found
     if len(found) > 1:
-        return Unclear("SEVERAL_PAYMENTS")
-    if _is_refund(request):
-        if not found:
-            return Unclear("PAYMENT_NOT_FOUND")
-        url = request.url.replace(f"/{_read_root(request)}/", f"/{found[0]}/", 1)
-        return NextPage(_make_question(request, f"{url}&page=1&per_page={_PAGE}"))
-    return Found(found[0]) if found else Absent()
+        return Unclear(_SEVERAL)
+    if not found:
+        return None
+    parts = urlsplit(request.url)
+    return NextPage(_make_question(request, f"{parts.scheme}://{parts.netloc}{_PAYMENTS}/{found[0]}?{parts.query}"))
+
+
+def _name_refunds(request: Request, payment: str) -> str:
+    return request.url.replace(f"/{_read_root(request)}/", f"/{payment}/", 1)
+
+
+def _names(reference: object, wanted: str, whole: bool) -> bool:  # noqa: FBT001
+    return isinstance(reference, str) and (reference == wanted if whole else reference.startswith(wanted))
 
 
 def _find_refund(body: Any, page: Request, request: Request) -> Found | Absent | NextPage | Unclear:
@@ -312,9 +346,8 @@ def _list_payments(body: Any, wanted: str, *, whole: bool) -> list[str] | Unclea
     entries = body["customer_payments"]
     for entry in entries:
         # A filter that was not understood lists everything.
-        named = entry.get("reference_number", wanted)
-        if named != wanted if whole else not named.startswith(wanted):
-            return Unclear("SEARCH_INEXACT")
+        if not _names(entry.get("reference_number", wanted), wanted, whole):
+            return Unclear(_INEXACT)
     if _has_more(body, entries):
         return Unclear("LIST_CUT")
     found = [str(entry["payment_id"]) for entry in entries]
@@ -328,7 +361,7 @@ def _has_more(body: Any, entries: list[Any]) -> bool:
 
 def _search(request: Request, name: str, value: str) -> Request:
     parts = urlsplit(request.url)
-    base = f"{parts.scheme}://{parts.netloc}/books/v3/customerpayments"
+    base = f"{parts.scheme}://{parts.netloc}{_PAYMENTS}"
     query = urlencode({name: value, "page": 1, "per_page": _PAGE}, quote_via=quote)
     return _make_question(request, f"{base}?{parts.query}&{query}")
 
