@@ -15,7 +15,7 @@ from tests.crash_points.traffic import Payments
 from tests.crash_points.trials import (
     COMMIT_STEPS,
     choose_trials,
-    find_batch_points,
+    find_batch_trials,
     find_points,
     find_rollback_trials,
     list_trials,
@@ -57,8 +57,8 @@ def main():
         trials = list_trials(points) + find_rollback_trials(payments, points, say)
         admissions = Sweep(deployment, Admissions(), payments.nursery)
         opened.callback(admissions.close)
-        points = find_batch_points(admissions, say)
-        others = list_trials(points) + find_rollback_trials(admissions, points, say, steps=COMMIT_STEPS[-1:])
+        points, others = find_batch_trials(admissions, say)
+        others += find_rollback_trials(admissions, points, say, steps=COMMIT_STEPS[-1:])
         chosen = [
             (sweep, [trial for trial in found if arguments.only in str(trial)])
             for sweep, found in ((payments, trials), (admissions, others))

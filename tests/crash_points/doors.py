@@ -175,10 +175,11 @@ def read_recording(target):
 
 
 def find_batch(recording):
-    """The part from the poll that brought the first committed records on."""
+    """Where the first committed batch begins: at the call that takes the rest of it from the client."""
     points = [point for _, point in recording]
     begun = next(n for n, point in enumerate(points) if point.door == "Producer.begin_transaction")
-    return slice(max(n for n, point in enumerate(points[:begun]) if point[::2] == ("Consumer.poll", "after")), None)
+    polled = max(n for n, point in enumerate(points[:begun]) if point[::2] == ("Consumer.poll", "after"))
+    return next(n for n in range(polled, begun) if points[n][::2] == ("Consumer.consume", "before"))
 
 
 def find_rollback(recording):
@@ -244,7 +245,7 @@ class Killer:
 class Saboteur(Killer):
     """Makes the step at one point raise what its library raises; ``reached`` is then created.
 
-    ``then`` is told of every point that is passed afterwards.
+    ``then`` is told of every point that is passed afterwards. No failure: the point is passed as ever.
     """
 
     def __init__(self, point, failure, reached, then=None):
@@ -263,8 +264,9 @@ class Saboteur(Killer):
                 is_here = self._left == 0
             if is_here:
                 self._reached.touch()
-                failure = FAILURES[self._failure]()
-                raise failure
+                if self._failure:
+                    failure = FAILURES[self._failure]()
+                    raise failure
 
 
 def _build_kafka_error(*, retriable=False, abortable=False):

@@ -19,7 +19,7 @@ from tests.crash_points.trials import (
     COMMIT_STEPS,
     Trial,
     choose_trials,
-    find_batch_points,
+    find_batch_trials,
     find_points,
     find_rollback_trials,
     list_trials,
@@ -102,8 +102,7 @@ def test_a_death_in_a_batch_of_admissions_is_survived(sweep, points, record_prop
     admissions = Sweep(sweep.deployment, Admissions(), sweep.nursery)
     try:
         if os.environ.get("CRASH_POINTS") == "all":
-            found = find_batch_points(admissions, print)
-            trials = list_trials(found)
+            found, trials = find_batch_trials(admissions, print)
             trials += find_rollback_trials(admissions, found, print, steps=COMMIT_STEPS[-1:])
         else:
             # The same two places for every batch.

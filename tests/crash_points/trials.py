@@ -27,10 +27,14 @@ class Trial:
     point: Point
     failure: str = ""
     failed_before: tuple[Point, str] | None = None
-    """A failure that came first: the point is passed after it."""
+    """A failure that came first: the point is passed after it. An empty one: after the passage of that point."""
+
+    @property
+    def is_rollback(self):
+        return self.failed_before is not None and bool(self.failed_before[1])
 
     def __str__(self):
-        before = f", after failure ({self.failed_before[1]}) {self.failed_before[0]}" if self.failed_before else ""
+        before = f", after failure ({self.failed_before[1]}) {self.failed_before[0]}" if self.is_rollback else ""
         return f"{'death' if not self.failure else f'failure ({self.failure})'} {self.point}{before}"
 
 
@@ -62,7 +66,7 @@ def list_trials(points, failed_before=None):
 
 def choose_trials(trials, seed, count):
     """Death before and after each step of the commit, and a seeded sample of the rest."""
-    deaths = [trial for trial in trials if not trial.failure and trial.failed_before is None]
+    deaths = [trial for trial in trials if not trial.failure and not trial.is_rollback]
     commit = []
     for step in COMMIT_STEPS:
         taken = [trial for trial in deaths if trial.point.door == step]
@@ -86,18 +90,20 @@ def find_points(sweep, say):
     return points
 
 
-def find_batch_points(sweep, say):
-    """As ``find_points``, from the poll on that brought the batch: what comes before is the same for every traffic.
+def find_batch_trials(sweep, say):
+    """Points and trials of a batch of other traffic, from where it begins: what comes before is the same for every one.
 
     So is what loads partitions beside it.
     """
     sweep.warm_up()
     recording = sweep.record()
-    points = choose_points(recording, find_batch(recording), find_loaders(recording))
+    begin = find_batch(recording)
+    points = choose_points(recording[begin + 1 :], without=find_loaders(recording))
     if not set(COMMIT_STEPS) <= {point.door for point in points}:
         raise SweepFailed("the recorded batch holds no whole commit")
     say(f"{len(points)} points on the way of a batch of {sweep.traffic.source}")
-    return points
+    # Passages are counted from there: how often a worker polled before depends on time.
+    return points, list_trials(points, (recording[begin][1]._replace(count=1), ""))
 
 
 def find_rollback_trials(sweep, points, say, *, steps=COMMIT_STEPS, again="Producer.send_offsets_to_transaction"):
@@ -135,6 +141,6 @@ def sweep_all(sweep, trials, say):
             summary.survived += survived
         else:
             summary.deaths += 1
-        summary.rollbacks += trial.failed_before is not None
+        summary.rollbacks += trial.is_rollback
     summary.seconds = time.monotonic() - began
     return summary
