@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -31,6 +32,7 @@ from runtime.console import StackProgress, StageRow, View, scrape
 from runtime.lag import LagMeter
 from runtime.processes import ProcessManager, ProcessSpec
 from runtime.roles import workers
+from runtime.stack.download import check_space
 from runtime.stages import list_billing_targets, list_stages
 from sandbox.expected import Difference, compare_counts, compare_ledger, compare_targets, read_expected, select_run
 from sandbox.plan import FacilityPlan, TrafficPlan
@@ -43,7 +45,7 @@ from topics.reading import TopicReader
 from topics.registry import Registry, register_schemas
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from runtime.settings import Settings
     from runtime.stack import EmbeddedStack
@@ -65,6 +67,34 @@ class RunStuck(FatalError):
     default_remedy = "Read the account printed above and the logs in the named folder."
 
 
+class RunBusy(TemporaryError):
+    """Another run uses this folder."""
+
+    code = "RS226"
+    meaning = "Another `remitstream run` uses the same data folder; each would stop what the other one needs."
+    default_remedy = "Stop that run (Ctrl-C there), or use a configuration file with another `stack.home`."
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a data folder. Raises ``RunBusy`` with the process that is in it.
+
+    The lock belongs to the open file: it ends with this process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.lock"
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunBusy(f"process {file.read().strip() or 'unknown'} runs there.", place=str(folder)) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
 @dataclass(slots=True)
 class _Start:
     """Seconds the start took; cold when something had to be downloaded."""
@@ -76,7 +106,8 @@ class _Start:
 
 def run(settings: Settings, *, once: bool, report: Path | None, events: int, seed: int) -> int:
     """Run everything; return the exit code. See ``docs`` for the report."""
-    return asyncio.run(_Run(settings, once=once, report=report, events=events, seed=seed).execute())
+    with hold_folder(settings.stack.home.parent):
+        return asyncio.run(_Run(settings, once=once, report=report, events=events, seed=seed).execute())
 
 
 class _Run:
@@ -112,7 +143,7 @@ class _Run:
             await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 stopping.cancel()
-                code = working.result()
+                code = self._take_result(working)
             else:
                 working.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -123,6 +154,15 @@ class _Run:
             self._view.close()
             await self._shut()
         return int(code)
+
+    def _take_result(self, working: asyncio.Task[ExitCode]) -> ExitCode:
+        try:
+            return working.result()
+        except TemporaryError:
+            # A broker whose disk is full ends, and all that its clients see is that nobody answers.
+            if self._settings.embedded:
+                check_space(self._settings.stack.home, 0)
+            raise
 
     async def _work(self) -> ExitCode:
         await self._bring_up()
