@@ -11,6 +11,7 @@ from collections import Counter
 import redis
 from confluent_kafka import KafkaException
 
+from tests.faults.books import find_unexplained
 from tests.faults.fleet import ONGOING, PREPARED, Site, build_dice
 from tests.faults.oracle import Oracle
 from tests.faults.traffic import RAW_MONEY, Sender, Stream
@@ -110,6 +111,7 @@ class FaultRun:
             verdict = oracle.judge(self.sender.meanings, self.sender.sent)
         finally:
             oracle.close()
+        verdict.violations += find_unexplained(self.site.deployment.settings, verdict.fates)
         verdict.violations += self.failures
         verdict.violations += self._find_shortfalls()
         self.site.transactions.find_state("")
