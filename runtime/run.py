@@ -130,6 +130,7 @@ class _Run:
         self._fates: dict[str, int] = {}
         self._headline = "starting"
         self._stop = asyncio.Event()
+        self._verdict: ExitCode | None = None
 
     async def execute(self) -> int:
         """The whole run."""
@@ -148,8 +149,11 @@ class _Run:
                 working.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await working
-                self._console.print("interrupted; the traffic was not finished")
-                code = ExitCode.FAILED
+                if self._verdict is None:
+                    self._console.print("interrupted; the traffic was not finished")
+                    code = ExitCode.FAILED
+                else:
+                    code = self._verdict
         finally:
             self._view.close()
             await self._shut()
@@ -169,7 +173,7 @@ class _Run:
         self._view.open()
         watching = asyncio.create_task(self._watch())
         try:
-            code = await self._drive()
+            self._verdict = await self._drive()
             if not self._once:
                 self._headline += "; Ctrl-C stops everything"
                 await self._stop.wait()
@@ -177,7 +181,7 @@ class _Run:
             watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watching
-        return code
+        return self._verdict
 
     # ---------------------------------------------------------------- start and stop
 
