@@ -141,7 +141,8 @@ def run(
         Path | None, typer.Option("--report", metavar="FILE", help="Write the JSON report there.")
     ] = None,
     events: Annotated[
-        int | None, typer.Option("--events", min=1, help="Money events to send; default `sandbox.events`.")
+        int | None,
+        typer.Option("--events", min=200, help="Webhooks and HL7 messages to send, about; default `sandbox.events`."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Seed of the traffic; default `sandbox.seed`.")

@@ -9,6 +9,7 @@ import pytest
 from runtime import cli, command_steps, installation
 from runtime.commands import stack as stack_commands
 from runtime.commands.config import HIDDEN
+from sandbox.plan import FEWEST_EVENTS
 from schemas.failure import ConfigurationError, TemporaryError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,6 +229,13 @@ def test_a_file_that_is_missing_or_no_toml(call, place, text, error):
     assert json.loads(out)["code"] == error
 
 
+def test_fewer_events_than_traffic_can_be_made_of_are_wrong_usage(call):
+    code, _, err = call("run", "--events", str(FEWEST_EVENTS - 1))
+    assert code == 2
+    assert "--events" in err
+    assert str(FEWEST_EVENTS) in err
+
+
 def test_config_show_tells_values_and_origins_and_no_secret(call, monkeypatch):
     monkeypatch.setenv("REMITSTREAM_WORKER__PARTITIONS", "8")
     arguments = ("config", "show", "--set", "receiver.port=9000")
@@ -358,10 +366,10 @@ def test_deliver_takes_targets_of_the_configuration(call, bodies, place):
 
 def test_run_passes_its_options_on(call, bodies):
     calls, _ = bodies
-    assert call("run", "--once", "--report", "r.json", "--events", "7", "--set", "sandbox.seed=5")[0] == 0
+    assert call("run", "--once", "--report", "r.json", "--events", "700", "--set", "sandbox.seed=5")[0] == 0
     [(module, _, _, options)] = calls
     assert module == "runtime.run"
-    assert options == {"once": True, "report": Path("r.json"), "events": 7, "seed": 5}
+    assert options == {"once": True, "report": Path("r.json"), "events": 700, "seed": 5}
 
 
 @pytest.mark.parametrize(("balanced", "code"), [(True, 0), (False, 1)])
