@@ -194,6 +194,16 @@ class PostingContext:
     """The survivor of all merges known when the request is frozen."""
     frozen_at: int
     """Milliseconds since the epoch."""
+    generation: int = 0
+    """Higher for each request that a person's redrive leads to, after one that was surely refused."""
+
+    def mark_key(self, seed: str) -> str:
+        """The seed of an idempotency key, changed by a redrive.
+
+        A target may answer an old key with the refusal it gave then, or acknowledge (MSH-10) without filing. References
+        and the keys of an upsert stay the same, so they do not go through this.
+        """
+        return f"{seed}|{self.generation}" if self.generation else seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,7 +120,8 @@ class Intake:
         event = call.attempt.event
         assert event is not None, "an event without one was dead-lettered when it was admitted"
         try:
-            context = PostingContext(self._tenancy.get_facility(event.facility), mrn, moment.wall)
+            facility = self._tenancy.get_facility(event.facility)
+            context = PostingContext(facility, mrn, moment.wall, call.attempt.round)
             request = self._target.freeze(event, context, self._settings)
         except Failure as failure:
             _dead_letter(call, failure, moment)

@@ -130,11 +130,14 @@ def routes(event: MoneyEvent, settings: EpicDftSettings) -> bool:
 
 
 def freeze(event: MoneyEvent, context: PostingContext, settings: EpicDftSettings) -> Request:
-    """The message, whole. MSH-7 is ``frozen_at``; MSH-10 and FT1-2 are functions of the event and the instance."""
+    """The message, whole. MSH-7 is ``frozen_at``; MSH-10 and FT1-2 are functions of the event and the instance.
+
+    A redrive has an MSH-10 of its own and the same FT1-2.
+    """
     if event.money.minor <= 0:
         # The kind says the direction: a negative refund would be told as a payment.
         raise Failure(FailureKind.INVALID, "AMOUNT_NOT_POSITIVE", "money.minor")
-    control_id = derive(f"msh10|{settings.name}|{event.event_id}", 20)
+    control_id = derive(context.mark_key(f"msh10|{settings.name}|{event.event_id}"), 20)
     reference = settings.id_prefix + derive(
         f"ft1|{settings.name}|{event.event_id}", settings.id_length - len(settings.id_prefix)
     )

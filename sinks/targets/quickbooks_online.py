@@ -149,7 +149,7 @@ def freeze(event: MoneyEvent, context: PostingContext, settings: QuickBooksSetti
     if money.currency != settings.home_currency and not settings.multicurrency:
         raise Failure(FailureKind.UNMAPPED, "CURRENCY_FOREIGN", "money.currency")
     seed = f"quickbooks|{settings.realm}|{entity}|{event.event_id}"
-    request_id, reference = derive(f"requestid|{seed}", 40), derive(f"reference|{seed}", 16)
+    request_id, reference = derive(context.mark_key(f"requestid|{seed}"), 40), derive(f"reference|{seed}", 16)
     zone = ZoneInfo(context.facility.time_zone)
     day = datetime.fromtimestamp(event.occurred_at / 1000, UTC).astimezone(zone)
     view = build_view(

@@ -73,7 +73,7 @@ def build_context(case):
         default_authority=mrn.authority,
         authorities=(Authority(name=mrn.authority),),
     )
-    return PostingContext(facility, mrn, context["frozen_at"])
+    return PostingContext(facility, mrn, context["frozen_at"], context.get("generation", 0))
 
 
 def freeze(name, case):
@@ -149,6 +149,21 @@ def test_the_key_is_a_function_of_event_and_instance_alone(name, case):
         assert freeze(name, other)[0].control_id != request.control_id
     assert freeze(name, other_event)[0].reference != request.reference
     assert freeze(name, case)[0] == request
+
+
+@pytest.mark.parametrize(("name", "case"), read_cases("requests"))
+def test_a_redrive_has_another_key_where_a_key_is_remembered_and_never_another_reference(name, case):
+    requests = []
+    for generation in range(3):
+        request, settings = freeze(name, {**case, "context": {**case["context"], "generation": generation}})
+        requests.append(request)
+    assert len({request.reference for request in requests}) == 1
+    keys = {request.control_id for request in requests}
+    target_class = TARGETS[name].classify(settings)
+    if target_class is TargetClass.A:
+        assert len(keys) == 3
+    if target_class is TargetClass.B:
+        assert len(keys) == 1, "it names the record that is written"
 
 
 @pytest.mark.parametrize("minor", [0, -1, -1250])

@@ -13,7 +13,7 @@ import pytest
 from identity.projection import RedisDown
 from identity.resolution import Ambiguous, Known
 from schemas import wire
-from schemas.events import DeliveryOutcome, MoneyEvent, Reference
+from schemas.events import Action, Decision, DeliveryOutcome, MoneyEvent, Reference
 from schemas.failure import Failure, FailureKind
 from schemas.keys import build_event_id
 from schemas.money import Money
@@ -506,6 +506,24 @@ class JudgingTransport:
 
 def open_attempts(world):
     return [outcome for outcome in world.broker.outcomes().values() if outcome[0] != "posted"]
+
+
+async def test_a_redrive_goes_out_under_a_key_of_its_own(world):
+    event_id = world.broker.publish("pi_1", "pi_1")
+    transport = JudgingTransport([Answer(FailureKind.REJECTED, "HTTP_400"), Answer(FailureKind.REJECTED, "HTTP_400")])
+    async with world.running(transport=lambda _settings: transport):
+        for decided in range(2):
+            await world.until(lambda number=decided + 1: len(transport.sent) == number)
+            await world.until(lambda: world.broker.attempts[event_id].state == "REJECTED")
+            entry = world.broker.attempts[event_id]
+            world.decided.append(
+                Decision(
+                    decision_id=f"d{decided}", target="epic", event_id=event_id, topic=entry.topic, offset=entry.offset,
+                    attempt=entry.number, round=entry.round, action=Action.REDRIVE, reference="", decided_at=0,
+                )
+            )  # fmt: skip
+        await world.until(lambda: world.broker.outcomes()[event_id] == ("posted", "HTTP_200"))
+    assert len(transport.sent) == len(set(transport.sent)) == 3
 
 
 @pytest.mark.parametrize(
