@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,8 +25,21 @@ class UnexpectedError(FatalError):
     default_remedy = "Report the type and place together with the version; what was processed is accounted for."
 
 
-def wrap_unexpected(error: Exception) -> UnexpectedError:
-    """Type, place and causes of any exception, never its text."""
+class FileRefused(FatalError):
+    """The operating system does not let us use a file or folder."""
+
+    code = "RS397"
+    meaning = "A file or folder that is needed cannot be used: read-only, not permitted, or its disk is full."
+    default_remedy = "Make it writable for this user or free space there; `remitstream config show` lists our folders."
+
+
+_REFUSALS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT})
+
+
+def wrap_unexpected(error: Exception) -> FatalError:
+    """Type, place and causes of any exception, never its text. Of a refused file: which, and why."""
+    if isinstance(error, OSError) and error.errno in _REFUSALS and error.filename:
+        return FileRefused(f"{os.strerror(error.errno)}.", place=str(error.filename))
     told = describe_exception(error)
     causes = " after ".join(told.get("causes", ()))
     return UnexpectedError(f"{told['error']}{f' after {causes}' if causes else ''}.", place=told["place"] or "start")
