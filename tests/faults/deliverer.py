@@ -77,7 +77,7 @@ class DelivererRun:
         self._targets = targets
         self._dice = build_dice(plan.seed, "answers")
         self._begun = time.monotonic()
-        self.sender = Sender(site.stack.kafka_bootstrap, Stream(plan.seed), plan.rate)
+        self.sender = Sender(site.stack.kafka_bootstrap, Stream(plan.seed, plan.lanes), plan.rate)
         self._courier = site.keep("deliverer", Courier(site, targets))
 
     @property

@@ -68,11 +68,12 @@ DELIVERER_KILLS = 200
 
 @dataclass(slots=True)
 class DelivererPlan:
-    """Kills of the deliverer, one after another. ``rate``: raw records a second."""
+    """Kills of the deliverer, one after another. ``rate``: raw records a second; ``lanes``: entities under way."""
 
     seed: int
     minutes: float
     rate: int
+    lanes: int
     kills: list[Fault]
 
     def describe(self):
@@ -92,7 +93,7 @@ def draw_deliverer(seed, kills, targets):
         fault = _draw_kill(dice, 0)
         wait = dice.uniform(7.5, 10) if number % 8 == 7 else fault.wait
         plan.append(Fault("kill", 0, wait, detail=(*fault.detail, dice.choice(targets))))
-    return DelivererPlan(seed, sum(fault.wait + 3.5 for fault in plan) / 60 + 2, 4, plan)
+    return DelivererPlan(seed, sum(fault.wait + 3.5 for fault in plan) / 60 + 2, 4, min(60, 3 * kills), plan)
 
 
 def _draw_kill(dice, slot):

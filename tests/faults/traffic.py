@@ -63,8 +63,9 @@ class Item:
 class Stream:
     """Records in the order they are sent; the same seed gives the same records."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, lanes=OPEN_LANES):
         self.name = f"s{seed}"
+        self._open_lanes = lanes
         self.repairs = {}
         """Number of a dead letter -> the record as a person would correct it."""
         self._dice = random.Random(f"traffic {seed}")
@@ -75,7 +76,7 @@ class Stream:
 
     def take(self):
         """The next record."""
-        while len(self._lanes) < OPEN_LANES:
+        while len(self._lanes) < self._open_lanes:
             self._lanes.append(self._open_lane())
         place = self._dice.randrange(len(self._lanes))
         lane = self._lanes[place]
