@@ -21,7 +21,7 @@ from telemetry.metrics import METRICS, Metric, Metrics
 from topics import catalog
 from topics.dead_letter import build_dead_letter
 from topics.group import GroupConsumer, Membership, Polled, PositionBroken
-from topics.headers import RawRecord
+from topics.headers import RawRecord, read_headers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -354,7 +354,7 @@ class Feeder:
             offset,
             message.key() or b"",
             message.value() or b"",
-            message.headers() or [],
+            read_headers(message),
             message.timestamp()[1],
         )
 

@@ -6,7 +6,7 @@ holds a patient id or payload text.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -85,6 +85,18 @@ def find_header(headers: Sequence[tuple[str, bytes | None]] | None, name: str) -
         if key == name:
             return "" if value is None else value.decode("utf-8", "replace")
     return None
+
+
+def read_headers(message: Any) -> Headers:
+    """Headers of a Kafka message.
+
+    Empty when a name is not UTF-8: the client cannot give them (nor be asked again), and a record without our headers
+    is a dead letter, where one that cannot be read would stop its partition.
+    """
+    try:
+        return message.headers() or []
+    except (SystemError, UnicodeDecodeError):
+        return []
 
 
 def build_cloudevent(*, event_id: str, source: str, event_type: str, time: str) -> Headers:

@@ -14,7 +14,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from schemas.failure import TemporaryError
 from topics.cluster import KafkaSettings, KafkaUnreachable, describe_topic_ids, name_error
-from topics.headers import Headers
+from topics.headers import Headers, read_headers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,7 +57,7 @@ class Record(msgspec.Struct, gc=False):
 def build_record(message: Any, topic: str, partition: int, offset: int) -> Record:
     """The record of a Kafka message."""
     return Record(
-        topic, partition, offset, message.key(), message.value(), message.headers() or [], message.timestamp()[1]
+        topic, partition, offset, message.key(), message.value(), read_headers(message), message.timestamp()[1]
     )
 
 

@@ -294,7 +294,7 @@ async def test_every_transaction_is_fenced_also_when_no_frontier_moves(tell, kep
 async def test_parked_keeps_that_a_write_may_have_landed(tell, monkeypatch, kept):
     """X0 is applied, its answers are lost, and it is parked while unknown. When it goes on, the window of its key is
     over. If PARKED forgot the mark, it would be posted as if for the first time."""
-    monkeypatch.setattr("sinks.runner.Policy", functools.partial(Policy, park_after=1))
+    monkeypatch.setattr("sinks.policy.Policy", functools.partial(Policy, park_after=1))
     story = tell("A", X0)
     story.plan["x0"] = ["lost", "lost"]
     if not kept:
