@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, TopicPartition
 
 from schemas.failure import ConfigurationError, FatalError, OperatorError, TemporaryError
-from topics import frontier
-from topics.cluster import COMPLAINT_SECONDS, KafkaUnreachable, describe_topics, name_error
+from topics import catalog, frontier
+from topics.cluster import COMPLAINT_SECONDS, KafkaUnreachable, describe_topics
 from topics.lease import STATISTICS_INTERVAL_MS, Lease
 from topics.reading import TopicMissing, TopicReader
-from topics.transaction import Changelog, Output, ProcessFenced, RecordRefused, TransactionAborted, Transactor
+from topics.transaction import Changelog, Output, RecordRefused, TransactionAborted, Transactor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +51,11 @@ _STANDSTILL = frozenset(
 
 TOPICS_SECONDS = 30.0
 """How often a member looks whether its topics are still the ones it began with."""
+
+
+REJOINS = 2
+FENCED_SECONDS = 60.0
+"""A member that the group fences joins it again, at most this often within so many seconds."""
 
 
 class StaleAssignment(Exception):
@@ -85,6 +90,14 @@ class TopicReplaced(FatalError):
         "The restarted process reads the new topic from its begin. What the old one held and was not processed is gone "
         "with it: a gateway can send it again."
     )
+
+
+class MemberFenced(FatalError):
+    """The group does not let this member in any more."""
+
+    code = "RS309"
+    meaning = "The group's coordinator fenced this member again and again: another one of its name is in the group."
+    default_remedy = "Give every process its own instance name and slot; look for one that was started twice."
 
 
 class Membership(Enum):
@@ -198,6 +211,9 @@ class GroupConsumer(Generic[R]):
         self._load_locks: dict[Partition, Lock] = {}
         self._topics_seen_at = time.monotonic()
         self._told: dict[tuple[str, int], float] = {}
+        self._fenced_at: list[float] = []
+        self._is_fenced = False
+        """The client has given up its membership for good."""
         self._all_paused = False
         self._is_placing = False
         self._closed = False
@@ -277,6 +293,9 @@ class GroupConsumer(Generic[R]):
         if missing:
             raise TopicMissing("the topics do not exist.", place=", ".join(missing))
         self._transactor.open()
+        self._join()
+
+    def _join(self) -> None:
         self._lease = Lease(is_nameless=self._membership is Membership.SERVER)
         session = self._kafka.session_timeout_seconds * 1000
         self._consumer = Consumer(
@@ -303,7 +322,51 @@ class GroupConsumer(Generic[R]):
 
     def _poll(self, max_records: int, wait: float) -> Polled[R]:
         with self._once_failed_for_good():
-            return self._consume(max_records, wait)
+            if not self._is_fenced:
+                polled = self._consume(max_records, wait)
+                if not self._is_fenced:
+                    return polled
+            self._rejoin()
+            return Polled(self.number)
+
+    def _rejoin(self) -> None:
+        """Be a new member, without any partition, unless another process has taken over.
+
+        The coordinator also fences a member for what it sent itself: after a broker was away, requests to join that
+        were sent again can overtake each other, and only the last one counts.
+        """
+        now = time.monotonic()
+        self._fenced_at = [at for at in self._fenced_at if now - at < FENCED_SECONDS]
+        if len(self._fenced_at) >= REJOINS:
+            raise MemberFenced(f"{len(self._fenced_at) + 1} times within {FENCED_SECONDS:.0f} s.", place=self.group)
+        self._fenced_at.append(now)
+        self._prove_name()
+        if self._closed:
+            return
+        self._report("member_fenced", TemporaryError("it joins the group again.", place=self.group))
+        self.number += 1
+        lost = list(self._owned)
+        self._owned.clear()
+        for key in lost:
+            self._release(*key)
+        self._is_placing = True
+        self._consumer.close()
+        self._is_fenced = False
+        self._join()
+
+    def _prove_name(self) -> None:
+        """Raise ``ProcessFenced`` when a newer process works under our name: joining again would fence it in turn."""
+        wait = 0.2
+        while not self._closed:
+            try:
+                # Rolled back, and so never read.
+                self._transactor.prove(Output(catalog.FRONTIERS, b"probe", None, partition=0))
+            except TransactionAborted as error:
+                self._report("member_fenced", TemporaryError(str(error), place=self.group))
+                time.sleep(wait)
+                wait = min(wait * 2, 2.0)
+            else:
+                return
 
     @contextlib.contextmanager
     def _once_failed_for_good(self) -> Iterator[None]:
@@ -354,8 +417,9 @@ class GroupConsumer(Generic[R]):
 
     def _judge(self, message: Any, error: KafkaError) -> None:
         """An event in place of a record: most are for librdkafka to mend."""
-        if error.fatal():
-            raise ProcessFenced(f"the group fenced this member ({error.name()}).", place=self.group)
+        if error.fatal() or error.code() == KafkaError._FATAL:  # noqa: SLF001 - the public name of that constant
+            self._is_fenced = True
+            return
         if error.code() in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):  # noqa: SLF001
             raise frontier.FrontierLost(
                 "the position is outside the log.", place=f"{message.topic()}[{message.partition()}]"
@@ -439,20 +503,22 @@ class GroupConsumer(Generic[R]):
     def _rewind(self) -> None:
         for (topic, partition), owned in self._owned.items():
             if owned.active:
-                self._seek(topic, partition, owned.frontier)
+                if not self._seek(topic, partition, owned.frontier):
+                    # The client has it no more and told nobody, or will at the next poll.
+                    self._is_fenced = True
+                    return
                 owned.placed = True
 
-    def _seek(self, topic: str, partition: int, offset: int) -> None:
-        for attempt in range(50):
+    def _seek(self, topic: str, partition: int, offset: int) -> bool:
+        for _ in range(50):
             try:
                 self._consumer.seek(TopicPartition(topic, partition, offset))
-            except KafkaException as error:
+            except KafkaException:
                 # Right after an assignment the client may not have started the partition yet.
-                if attempt == 49:
-                    raise PositionBroken(f"cannot seek ({name_error(error)}).", place=f"{topic}[{partition}]") from None
                 time.sleep(0.02)
             else:
-                return
+                return True
+        return False
 
     def _on_assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
         self.number += 1

@@ -18,7 +18,7 @@ from schemas.failure import FatalError
 from topics.cluster import PRODUCER, KafkaSettings, KafkaUnreachable, name_error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from confluent_kafka import TopicPartition
 
@@ -160,7 +160,7 @@ class Transactor:
         # Of this transaction: a late report of a replaced producer goes into the old ones.
         reports = [_Reports() for _ in range(len(changelogs) + 1)]
         time.sleep(max(0.0, self._committed_at + MARKER_SECONDS - time.monotonic()))
-        try:
+        with self._rolled_back_on_error():
             self._producer.begin_transaction()
             if self._one_by_one:
                 self._produce_one_by_one(outputs, changelogs, reports)
@@ -171,18 +171,29 @@ class Transactor:
                 is_flushed = self._producer.flush(8.0) == 0
                 self._check_reports(reports, outputs, changelogs, is_flushed=is_flushed)
             self._send_offsets(offsets, group_metadata)
-        except KafkaException as error:
-            self._fail(error)
-        except SystemError as error:
-            # Of a fatal error the client makes an exception, and then calls the delivery reports over it.
-            if not isinstance(error.__cause__, KafkaException):
-                raise
-            self._fail(error.__cause__)
         self._commit()
         self._committed_at = time.monotonic()
         self._one_by_one = False
         for changelog, report in zip(changelogs, reports, strict=False):
             changelog.offset = report[None].offset() if changelog.entries else -1
+
+    def prove(self, probe: Output) -> None:
+        """Return when no newer process has this transactional id: ``probe`` is written, and rolled back.
+
+        Raises ``ProcessFenced`` when there is one, ``TransactionAborted`` when Kafka does not tell.
+        """
+        if not self._is_open:
+            return
+        report = _Reports()
+        time.sleep(max(0.0, self._committed_at + MARKER_SECONDS - time.monotonic()))
+        with self._rolled_back_on_error():
+            self._producer.begin_transaction()
+            self._produce([probe], report)
+            self._producer.flush(8.0)
+        self._abort()
+        self._committed_at = time.monotonic()
+        if None not in report:
+            raise TransactionAborted("the probe was not acknowledged")
 
     def close(self) -> None:
         """Abort what is open. Fenced or unanswered, the coordinator does it by itself."""
@@ -331,6 +342,19 @@ class Transactor:
             raise UndecidedCommit(
                 f"after a refused commit the abort is not confirmed ({name_error(error)}).", place=self._bootstrap
             ) from None
+
+    @contextlib.contextmanager
+    def _rolled_back_on_error(self) -> Iterator[None]:
+        """What fails before a commit was asked for ends the transaction."""
+        try:
+            yield
+        except KafkaException as error:
+            self._fail(error)
+        except SystemError as error:
+            # Of a fatal error the client makes an exception, and then calls the delivery reports over it.
+            if not isinstance(error.__cause__, KafkaException):
+                raise
+            self._fail(error.__cause__)
 
     def _fail(self, error: KafkaException) -> None:
         """Roll back what failed before a commit was asked for."""

@@ -22,7 +22,15 @@ from confluent_kafka.admin import (
 from schemas.failure import FatalError, TemporaryError
 from topics.cluster import KafkaSettings, KafkaUnreachable, describe_topic_ids
 from topics.frontier import FrontierLost, await_pending_offsets, build_frontier, read_frontiers
-from topics.group import GroupConsumer, Membership, PartitionsChanged, PositionBroken, StaleAssignment, TopicReplaced
+from topics.group import (
+    GroupConsumer,
+    MemberFenced,
+    Membership,
+    PartitionsChanged,
+    PositionBroken,
+    StaleAssignment,
+    TopicReplaced,
+)
 from topics.reading import Record, TopicReader, build_record, read_to_end
 from topics.transaction import Output, ProcessFenced, ProducerFailed, RecordRefused, TransactionAborted, Transactor
 
@@ -350,6 +358,73 @@ async def test_a_new_process_of_the_same_name_fences_the_old_one(place):
         await old.poll(1, 0.1)
     await place.commit(new, await take(new, 10))
     assert place.read() == ["1"]
+
+
+async def test_an_idle_process_of_a_taken_name_stops_and_leaves_the_new_one_alone(place):
+    old = await place.join("same")
+    place.send("1")
+    await place.commit(old, await take(old, 10))
+    new = await place.join("same")
+    with pytest.raises(ProcessFenced):
+        await poll_for_long(old)
+    place.send("2")
+    await place.commit(new, await take(new, 10))
+    assert place.read() == ["1", "2"]
+
+
+@contextlib.contextmanager
+def fence(place, member):
+    """Take a member's place in the group, as its own request to join does that was sent again: no other process."""
+    stranger = Consumer(
+        {
+            "bootstrap.servers": place.kafka.bootstrap,
+            "group.id": place.group,
+            "group.instance.id": member,
+            "partition.assignment.strategy": "cooperative-sticky",
+            "session.timeout.ms": 6000,
+        }
+    )
+    stranger.subscribe([place.source])
+    until = time.monotonic() + 20
+    while not stranger.assignment():
+        assert time.monotonic() < until, "it does not get the place"
+        stranger.poll(0.1)
+    yield
+    stranger.close()
+
+
+async def commit_next(place, member):
+    """What a fenced member polls before it learns of it is rolled back, and comes again."""
+    while True:
+        polled = await take(member, 10)
+        with contextlib.suppress(StaleAssignment, TransactionAborted):
+            return await place.commit(member, polled)
+
+
+async def test_a_member_that_the_group_fenced_joins_again(place):
+    released = []
+    member = await place.join("a", release=lambda _topic, partition: released.append(partition))
+    place.send("1")
+    await commit_next(place, member)
+    with fence(place, f"{place.id}-a"):
+        place.send("2")
+        await commit_next(place, member)
+    assert released == [0], "its state may be another's now"
+    assert place.read() == ["1", "2"]
+    assert place.read("frontiers").count("probe") == 0
+
+
+async def test_a_member_that_is_fenced_again_and_again_stops(place):
+    member = await place.join("a")
+    place.send("1")
+    await commit_next(place, member)
+    for number in range(2):
+        with fence(place, f"{place.id}-a"):
+            place.send(str(number + 2))
+            await commit_next(place, member)
+    with fence(place, f"{place.id}-a"), pytest.raises(MemberFenced):
+        await poll_for_long(member)
+    assert place.read() == ["1", "2", "3"]
 
 
 async def test_offsets_set_back_by_hand_do_not_replay(place):
