@@ -22,6 +22,7 @@ hypothesis.settings.register_profile("remitstream", deadline=None)
 hypothesis.settings.load_profile("remitstream")
 
 TALLY = pytest.StashKey[invariants.Tally]()
+COUNTS = pytest.StashKey[str]()
 
 
 LONG = ("tests/faults/", "tests/crash_points/", "tests/integration/")
@@ -38,6 +39,8 @@ def embedded_stack():
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TALLY] = invariants.Tally()
+    # Taken out: a pytest that a test starts would write its own few counts there.
+    config.stash[COUNTS] = os.environ.pop("INVARIANTS_FILE", "")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -61,7 +64,7 @@ def is_share(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    target = os.environ.get("INVARIANTS_FILE")
+    target = session.config.stash[COUNTS]
     if target and not is_share(session.config) and exitstatus in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
         session.config.stash[TALLY].write(Path(target))
 

@@ -349,7 +349,7 @@ async def test_answers_on_the_wire_are_recorded_before_partitions_go_to_another_
         if not hands_over:
             first._consumer._finish = lambda _keys: None
         async with Running(first):
-            await wait_until(lambda: first.ready()[0] and len(first.status()["partitions"]) > 1)
+            await wait_until(lambda: first.ready()[0] and len(first.status()["partitions"]) == 4)
             owned = set(first.status()["partitions"])
             site.publish([("capture", f"pi_{n}", f"pi_{n}", 500) for n in range(40)])
             await wait_for_postings(site, 4)
