@@ -9,9 +9,12 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.ground import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 QUIET_CORES = 0.2
 """Cores that other processes may keep busy before a table says that the machine was not quiet."""
@@ -28,7 +31,7 @@ def describe_machine(program: str, events: int) -> dict[str, Any]:
         check=False,
     )
     return {
-        "command": " ".join([f"python -m {program}", *sys.argv[1:]]),
+        "command": describe_command(program, sys.argv[1:]),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
         "machine": f"{platform.system()} {platform.machine()}, {read_processor()}",
@@ -37,6 +40,15 @@ def describe_machine(program: str, events: int) -> dict[str, Any]:
         "load_at_start": [round(value, 2) for value in os.getloadavg()],
         "events": events,
     }
+
+
+def describe_command(program: str, arguments: Sequence[str]) -> str:
+    """The command that gives these figures again; without ``--out``, which names a place on this machine."""
+    kept = list(arguments)
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return " ".join([f"python -m {program}", *kept])
 
 
 def read_processor() -> str:

@@ -22,7 +22,7 @@ from bench.plan import GUESSED_RATES, estimate_minutes, estimate_posting_minutes
 from bench.profiler import sum_up, write_summary
 from bench.programs.collected_worker import CollectorClock
 from bench.programs.local_store import Runs
-from bench.report import judge, read_report, write_report
+from bench.report import describe_command, judge, read_report, write_report
 from bench.scenario import Run, Scenario, compare_shares, has_idle_process
 from bench.scenarios import SCENARIOS
 from bench.soak import describe_steps
@@ -266,6 +266,11 @@ def test_a_report_is_read_as_it_was_written_and_a_broken_one_is_none(tmp_path):
     assert read_report(path) == {"results": {"full": 1.5}}
     path.write_text("{")
     assert read_report(path) == {}
+
+
+def test_a_report_names_no_place_of_its_machine():
+    command = describe_command("bench.posting", ["--events", "3000", "--out", "/somewhere/else.json", "--no-entity"])
+    assert command == "python -m bench.posting --events 3000 --no-entity"
 
 
 def test_a_profile_is_summed_up_by_thread_and_function():
