@@ -39,7 +39,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Now: ``steady`` seconds for waiting, ``wall`` milliseconds since the epoch for what outlives the process."""
+    """Now: ``steady`` seconds for waiting, ``wall`` milliseconds since the epoch for what outlives the process.
+
+    Steady seconds do not pass while the machine sleeps: a write that slept with us may still land afterwards.
+    """
 
     steady: float
     wall: int

@@ -6,7 +6,8 @@ the next cycle, so the cost of a commit is shared by all that happened meanwhile
 ``sinks.calls`` the last look before a write, ``sinks.gate`` how many calls the target bears.
 
 The documented hole: a process frozen between that look and the socket write, for longer than call deadline and session
-timeout together, can post a second time at a target that does not recognise the repetition.
+timeout together, can post a second time at a target that does not recognise the repetition. A machine that slept finds
+its lease expired at that look; a virtual machine that was stopped with all its clocks does not.
 """
 
 from __future__ import annotations

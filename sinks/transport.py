@@ -270,10 +270,8 @@ class HttpTransport:
             return Unclear(type(error).__name__)
         for _ in range(_MOST_PAGES):
             try:
-                response = await self._exchange(page, before_write)
+                response = await self._ask(page, before_write)
             except Failure as failure:
-                if failure.kind is FailureKind.AMBIGUOUS:
-                    raise Failure(FailureKind.UNAVAILABLE, failure.code) from None
                 if failure.kind not in _ABOUT_TARGET:
                     # Nobody can be asked so (the host is no longer that of the settings): in the end a person looks.
                     return Unclear(failure.code)
@@ -299,18 +297,21 @@ class HttpTransport:
         if question is None:
             return request.url
         for _ in range(_MOST_PAGES):
-            try:
-                response = await self._exchange(question, before_write)
-            except Failure as failure:
-                if failure.kind is FailureKind.AMBIGUOUS:
-                    # The question changes nothing, and the write was not begun.
-                    raise Failure(FailureKind.UNAVAILABLE, failure.code) from None
-                raise
+            response = await self._ask(question, before_write)
             read = read_completion(self._head, response, question, request, self._settings, now=time.time())
             if not isinstance(read, NextPage):
                 return read
             question = read.request
         return Answer(FailureKind.UNAVAILABLE, "TOO_MANY_PAGES")
+
+    async def _ask(self, question: Request, before_write: Callable[[], None]) -> HttpResponse:
+        """Exchange a question, which changes nothing at the target: one without an answer left nothing there."""
+        try:
+            return await self._exchange(question, before_write)
+        except Failure as failure:
+            if failure.kind is FailureKind.AMBIGUOUS:
+                raise Failure(FailureKind.UNAVAILABLE, failure.code) from None
+            raise
 
     async def _exchange(self, request: Request, before_write: Callable[[], None]) -> HttpResponse:
         if not self._is_open:

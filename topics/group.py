@@ -25,7 +25,7 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, To
 from schemas.failure import ConfigurationError, FatalError, OperatorError, TemporaryError
 from topics import catalog, frontier
 from topics.cluster import COMPLAINT_SECONDS, KafkaUnreachable, describe_topics
-from topics.lease import STATISTICS_INTERVAL_MS, Lease
+from topics.lease import STATISTICS_INTERVAL_MS, Lease, read_client_time, read_sleepless_time
 from topics.reading import TopicMissing, TopicReader
 from topics.transaction import Changelog, Output, RecordRefused, TransactionAborted, Transactor
 
@@ -191,7 +191,6 @@ class GroupConsumer(Generic[R]):
         self.topics = list(topics)
         self.number = 0
         self.failure: OperatorError | None = None
-        self._lease = Lease()
         self._kafka = kafka
         self._instance = instance
         self._build = build
@@ -201,6 +200,7 @@ class GroupConsumer(Generic[R]):
         self._report = report
         self._keeps_records = keeps_records
         self._membership = membership
+        self._lease = self._make_lease()
         self._partitions = partitions
         self._owned: dict[Partition, _Owned] = {}
         self.topic_ids: dict[str, str] = {}
@@ -258,7 +258,10 @@ class GroupConsumer(Generic[R]):
 
     @property
     def last_heartbeat(self) -> float:
-        """Steady time of the last heartbeat known to have reached the coordinator under this membership."""
+        """When a heartbeat last reached the coordinator under this membership, as far as is known.
+
+        In steady seconds, and as if they had passed while the machine slept, too.
+        """
         return self._lease.renewed_at
 
     def frontiers(self) -> dict[Partition, int]:
@@ -295,8 +298,12 @@ class GroupConsumer(Generic[R]):
         self._transactor.open()
         self._join()
 
+    def _make_lease(self) -> Lease:
+        is_nameless = self._membership is Membership.SERVER
+        return Lease(time.monotonic, read_sleepless_time, read_client_time, is_nameless=is_nameless)
+
     def _join(self) -> None:
-        self._lease = Lease(is_nameless=self._membership is Membership.SERVER)
+        self._lease = self._make_lease()
         session = self._kafka.session_timeout_seconds * 1000
         self._consumer = Consumer(
             self._kafka.build_client(self._instance)

@@ -12,6 +12,7 @@ from sinks.catalog import load
 from sinks.contract import (
     Absent,
     Answer,
+    Completion,
     Found,
     HttpHead,
     LookUp,
@@ -170,6 +171,18 @@ async def test_silence_is_unavailable_for_a_look_up_changes_nothing():
         with pytest.raises(Failure) as caught:
             await find(transport)
     assert (caught.value.kind, caught.value.code) == (FailureKind.UNAVAILABLE, "NO_ANSWER")
+
+
+async def test_silence_to_the_question_before_a_write_is_unavailable_for_nothing_was_written():
+    async with Server(None) as server:
+        question = Request(b"", "", "", "GET", f"{server.url}/parent")
+        completion = Completion(ask=lambda *_: question, read=lambda *_: f"{server.url}/post")
+        transport = open_transport(build_target(server, completion=completion), build_settings(server))
+        with pytest.raises(Failure) as caught:
+            await transport.send(POSTING, allow)
+        await transport.close()
+    assert (caught.value.kind, caught.value.code) == (FailureKind.UNAVAILABLE, "NO_ANSWER")
+    assert [head.split()[:2] for head in server.seen] == [["GET", "/parent"]]
 
 
 async def test_a_list_without_an_end_is_given_up():
