@@ -1,17 +1,12 @@
-"""Parent of workers: imports everything once, then forks one worker for each line it is given.
+"""Parent of workers.
 
-A line is JSON: ``config`` and ``overrides`` as the command line has them, ``log``, ``ahead`` (hours that decisions are
-ahead of the clock), and what shall happen: ``record`` (a file), ``die`` (a point), or ``fail`` (point, kind of failure,
-file to create) with ``then``, what shall happen after it; ``store_first`` breaks a rule of the worker. Answers, one a
-line: ``["pid", n]`` when it runs, ``["exit", n, code]`` when it is over (a signal's number negative).
+An order has ``config`` and ``overrides`` as the command line has them, ``ahead`` (hours that decisions are ahead of the
+clock), and what shall happen: ``record`` (a file), ``die`` (a point), or ``fail`` (point, kind of failure, file to
+create) with ``then``, what shall happen after it; ``store_first`` breaks a rule of the worker.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
 from pathlib import Path
 
 from runtime.roles import worker
@@ -19,6 +14,7 @@ from runtime.settings import read_settings
 from streams import decide, decision
 from streams.batch import Batch
 from tests.crash_points.doors import Killer, Point, Recorder, Saboteur, Watch
+from tests.nursery import serve
 
 
 def choose_witness(order):
@@ -51,10 +47,6 @@ def change_store_first():
 
 
 def run(order):
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     settings = read_settings(Path(order["config"]), [tuple(pair) for pair in order["overrides"]])
     if order.get("store_first"):
         change_store_first()
@@ -65,26 +57,5 @@ def run(order):
     return worker.run(settings)
 
 
-def say(*words):
-    os.write(1, (json.dumps(words) + "\n").encode())
-
-
-def main():
-    for line in sys.stdin:
-        order = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                code = run(order)
-            except BaseException:  # noqa: BLE001 - told in the worker's log; the exit code says it to the sweep
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        say("pid", child)
-        _, status = os.waitpid(child, 0)
-        say("exit", child, os.waitstatus_to_exitcode(status))
-
-
 if __name__ == "__main__":
-    main()
+    serve(run)

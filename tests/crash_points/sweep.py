@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import queue
 import signal
 import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
 from confluent_kafka import Producer
 
 from tests.crash_points.doors import DIED, read_recording
 from tests.crash_points.oracle import Oracle
+from tests.nursery import Nursery
 
-ROOT = Path(__file__).parents[2]
 PATIENCE = 60
 """Seconds for a worker to reach its end."""
 TRIES = 3
@@ -26,77 +20,6 @@ TRIES = 3
 
 class SweepFailed(AssertionError):
     """A point was not reached, or what came of it is wrong."""
-
-
-class Nursery:
-    """The parent of the workers, as a process."""
-
-    def __init__(self, deployment):
-        self._deployment = deployment
-        with (deployment.folder / "nursery.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.crash_points.nursery"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                cwd=ROOT,
-            )
-        self._answers = queue.Queue()
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
-        self.pid = None
-
-    def _listen(self):
-        for line in self._process.stdout:
-            self._answers.put(json.loads(line))
-        self._answers.put(None)
-
-    def start(self, **order):
-        order |= {
-            "config": str(self._deployment.path),
-            "overrides": list(self._deployment.overrides.items()),
-            "log": str(self._deployment.folder / "worker.log"),
-        }
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        self.pid = self._hear("pid", 60)[1]
-
-    def signal(self, number):
-        os.kill(self.pid, number)
-
-    def poll(self):
-        """Exit code of the worker, None while it runs."""
-        try:
-            return self._take(self._answers.get_nowait())
-        except queue.Empty:
-            return None
-
-    def wait(self, timeout):
-        try:
-            return self._take(self._answers.get(timeout=timeout))
-        except queue.Empty:
-            raise SweepFailed("the worker does not end") from None
-
-    def _take(self, answer):
-        assert answer is not None, "the nursery died"
-        self.pid = None
-        return answer[2]
-
-    def _hear(self, kind, timeout):
-        answer = self._answers.get(timeout=timeout)
-        assert answer is not None, "the nursery died"
-        assert answer[0] == kind, answer
-        return answer
-
-    def close(self):
-        if self.pid is not None:
-            self.signal(signal.SIGKILL)
-            self.wait(20)
-        self._process.stdin.close()
-        self._process.wait(20)
-        self._listener.join(20)
-        self._process.stdout.close()
 
 
 class Sweep:
@@ -117,7 +40,8 @@ class Sweep:
         self._hours = 2 * settings.worker.parent_wait_hours
         self._producer = Producer({"bootstrap.servers": settings.kafka.bootstrap, "partitioner": "murmur2_random"})
         self.oracle = Oracle(settings.kafka.bootstrap, settings.registry.url, traffic.source, traffic.stores)
-        self.nursery = nursery or Nursery(deployment)
+        self.nursery = nursery or Nursery("tests.crash_points.nursery", deployment.folder)
+        self._worker = None
 
     def close(self):
         if not self._is_guest:
@@ -143,7 +67,7 @@ class Sweep:
         if failed_before is not None:
             order = {"fail": [*failed_before, str(marker)], "then": order}
         self._start(**order)
-        code = self.nursery.wait(60)
+        code = self._await_exit(60)
         if code != 0 or not target.exists():
             raise SweepFailed(f"nothing was recorded, exit code {code}\n{self.deployment.read_logs()}")
         self.oracle.follow_to_end()
@@ -188,7 +112,7 @@ class Sweep:
         until = time.monotonic() + PATIENCE
         done_at = None
         while time.monotonic() < until:
-            code = self.nursery.poll()
+            code = self._worker.poll()
             if code is not None:
                 return code
             self.oracle.follow(0.02)
@@ -208,7 +132,7 @@ class Sweep:
             self.oracle.follow(0.02)
             if self.oracle.frontier == len(self.sent):
                 until = min(until, time.monotonic() + self.patience)
-            code = self.nursery.poll()
+            code = self._worker.poll()
             if code is not None:
                 raise SweepFailed(f"after {trial}: the clean worker ended, {code}\n{self.deployment.read_logs()}")
             if time.monotonic() > until:
@@ -218,12 +142,24 @@ class Sweep:
             raise SweepFailed(f"after {trial}: the clean worker ended with {code}\n{self.deployment.read_logs()}")
 
     def _start(self, **order):
-        self.nursery.start(ahead=self.run * self._hours, **order)
+        order |= {
+            "config": str(self.deployment.path),
+            "overrides": list(self.deployment.overrides.items()),
+            "log": str(self.deployment.folder / "worker.log"),
+            "ahead": self.run * self._hours,
+        }
+        self._worker = self.nursery.fork(order)
+
+    def _await_exit(self, timeout):
+        try:
+            return self._worker.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise SweepFailed("the worker does not end") from None
 
     def _stop(self):
         """End the worker as an operator does, so that its store is current; its exit code."""
-        self.nursery.signal(signal.SIGTERM)
-        return self.nursery.wait(30)
+        self._worker.send_signal(signal.SIGTERM)
+        return self._await_exit(30)
 
     def _expect(self):
         """All that was sent; what waits of the last run still does."""

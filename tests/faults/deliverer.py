@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from tests.faults.books import find_unexplained
 from tests.faults.fleet import Site, Slot, build_dice
-from tests.faults.nursery import Nursery
 from tests.faults.oracle import SHOWN
 from tests.faults.posting_oracle import InFlight, PostingOracle, is_due, judge, show
 from tests.faults.run import AIM_SECONDS, READY_SECONDS
 from tests.faults.targets import RULES, Targets
 from tests.faults.traffic import Sender, Stream
-from tests.integration.conftest import ROOT
+from tests.nursery import Nursery
 
 QUIET_SECONDS = 180.0
 """Without any progress for this long, what is missing counts as lost."""
@@ -39,7 +38,7 @@ class Courier(Slot):
     def __init__(self, site, targets):
         super().__init__(site, "deliverer")
         self.in_flight = InFlight(site.stack.kafka_bootstrap)
-        self.nursery = Nursery(site.folder, ROOT)
+        self.nursery = Nursery("tests.faults.nursery", site.folder)
         self._targets = targets
 
     @property
@@ -56,10 +55,8 @@ class Courier(Slot):
         return Hit(self._targets.count_open(), self.in_flight.count_new())
 
     def _spawn(self):
-        names = [rule.name for rule in RULES]
-        self._process = self.nursery.fork(
-            "deliver", "deliver", *names, *self._site.deployment.settings.list_arguments()
-        )
+        arguments = ["deliver", *(rule.name for rule in RULES), *self._site.deployment.settings.list_arguments()]
+        self._process = self.nursery.fork({"log": str(self._site.folder / "deliver.log"), "arguments": arguments})
 
 
 class DelivererRun:
