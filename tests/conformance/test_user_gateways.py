@@ -2,12 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -18,8 +14,8 @@ from runtime.settings import read_settings
 from schemas.failure import OperatorError
 from schemas.keys import HmacKey
 from streams.normalise import MAPPINGS
+from tests.conformance.own_folder import ROOT, make_folder, make_mistakes, run_suite
 
-ROOT = Path(__file__).parents[2]
 NAME = "lakepay"
 
 CONFIGURATION = """
@@ -68,38 +64,12 @@ def write_fixtures(folder):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The folder ``ours`` with the gateway, beside a configuration that names it."""
-    for name in [name for name in os.environ if name.startswith("REMITSTREAM_") and name != "REMITSTREAM_SHARED"]:
-        monkeypatch.delenv(name)
     monkeypatch.setenv("LAKEPAY_SECRET", "whsec_planted")
     monkeypatch.setenv("LAKEPAY_HMAC", "k" * 40)
-    folder = tmp_path / "ours"
-    folder.mkdir()
+    folder = make_folder(tmp_path, monkeypatch, CONFIGURATION)
     for suffix, source in ((".py", ROOT / "sources" / "payments" / "stripe.py"), (".yaml", MAPPINGS / "stripe.yaml")):
         (folder / f"{NAME}{suffix}").write_text(rename(source.read_text("utf-8")), "utf-8")
-    (tmp_path / "remitstream.toml").write_text(CONFIGURATION, "utf-8")
     return folder
-
-
-def run_suite(folder):
-    files = ["tests/conformance/test_gateways.py", "tests/conformance/test_mappings.py"]
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *files,
-            "-k",
-            f"{NAME} and (constant_time or outcome)",
-        ],
-        cwd=ROOT,
-        env=os.environ | {"REMITSTREAM_CONNECTORS__GATEWAYS": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_the_configuration_takes_it_and_without_the_setting_it_is_unknown(folder):
@@ -151,12 +121,9 @@ def test_the_suite_takes_its_parts_from_there_and_finds_its_mistakes(folder):
             "test_raw_body_gives_the_expected_outcome",
         ),
     )
-    for file, old, new, _ in mistakes:
-        text = (folder / file).read_text("utf-8")
-        assert old in text
-        (folder / file).write_text(text.replace(old, new), "utf-8")
-    told = run_suite(folder)
-    assert told.returncode == 1
-    failed = [line for line in told.stdout.splitlines() if line.startswith("FAILED")]
-    assert {line.partition("::")[2].partition("[")[0] for line in failed} == {test for *_, test in mistakes}
-    assert int(told.stdout.rsplit(" passed", 1)[0].rsplit(None, 1)[-1]) > 20
+    make_mistakes(folder, mistakes)
+    chosen = f"{NAME} and (constant_time or outcome)"
+    told = run_suite("gateways", folder, chosen, "test_gateways.py", "test_mappings.py")
+    assert told.code == 1
+    assert told.failed == {test for *_, test in mistakes}
+    assert told.passed > 20

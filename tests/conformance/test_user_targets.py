@@ -1,11 +1,7 @@
 """A target in a folder of one's own, as docs/adding-a-target.md writes it: one file, one YAML and fixtures."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -15,8 +11,7 @@ from runtime.connectors import Targets, list_hosts
 from runtime.settings import read_settings
 from schemas.failure import OperatorError
 from sinks.catalog import load
-
-ROOT = Path(__file__).parents[2]
+from tests.conformance.own_folder import ROOT, make_folder, make_mistakes, run_suite
 
 
 def read_documented(kind, start):
@@ -74,15 +69,11 @@ def write_json(path, data):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The folder ``ours`` with the target, beside a configuration that names it."""
-    for name in [name for name in os.environ if name.startswith("REMITSTREAM_") and name != "REMITSTREAM_SHARED"]:
-        monkeypatch.delenv(name)
     monkeypatch.setenv("ACME_PASSWORD", "planted-password")
     monkeypatch.setenv("ACME_HMAC", "k" * 40)
-    folder = tmp_path / "ours"
-    folder.mkdir()
+    folder = make_folder(tmp_path, monkeypatch, CONFIGURATION)
     (folder / "acme_ledger.py").write_text(CONNECTOR, "utf-8")
     (folder / "acme_ledger.yaml").write_text(MAPPING, "utf-8")
-    (tmp_path / "remitstream.toml").write_text(CONFIGURATION, "utf-8")
     given = json.loads((ROOT / "tests/fixtures/targets/quickbooks_online/requests/capture.json").read_text("utf-8"))
     fixtures = folder / "fixtures" / "acme_ledger"
     write_json(fixtures / "settings.json", SETTINGS)
@@ -108,14 +99,6 @@ def folder(tmp_path, monkeypatch):
              "kind": kind, "code": code, "reference": reference},
         )  # fmt: skip
     return folder
-
-
-def run_suite(folder):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/conformance/test_targets.py"]
-    environment = os.environ | {"REMITSTREAM_CONNECTORS__TARGETS": str(folder)}
-    return subprocess.run(
-        [*command, "-k", "acme_ledger"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
 
 
 def test_the_configuration_takes_it_and_checks_its_own_settings(folder):
@@ -165,10 +148,9 @@ def test_the_command_line_lists_it_with_its_hosts(folder):
 
 
 def test_the_suite_takes_its_mapping_and_fixtures_from_there(folder):
-    told = run_suite(folder)
-    assert told.returncode == 0, told.stdout[-3000:]
-    passed = int(told.stdout.rsplit(" passed", 1)[0].rsplit(None, 1)[-1])
-    assert passed > 50
+    told = run_suite("targets", folder, "acme_ledger", "test_targets.py")
+    assert told.code == 0, told.output[-3000:]
+    assert told.passed > 50
 
 
 def test_the_suite_finds_its_mistakes(folder):
@@ -178,14 +160,10 @@ def test_the_suite_finds_its_mistakes(folder):
         ("acme_ledger.py", "TargetClass.B", "TargetClass.C", "test_class_c_comes_with_a_look_up"),
         ("acme_ledger.py", "from pathlib", "import random\nfrom pathlib", "test_the_file_is_pure_and_documented"),
     )
-    for file, old, new, _ in mistakes:
-        text = (folder / file).read_text("utf-8")
-        assert old in text
-        (folder / file).write_text(text.replace(old, new), "utf-8")
-    told = run_suite(folder)
-    assert told.returncode == 1
-    failed = [line for line in told.stdout.splitlines() if line.startswith("FAILED")]
-    assert {line.partition("::")[2].partition("[")[0] for line in failed} == {test for *_, test in mistakes}
+    make_mistakes(folder, mistakes)
+    told = run_suite("targets", folder, "acme_ledger", "test_targets.py")
+    assert told.code == 1
+    assert told.failed == {test for *_, test in mistakes}
 
 
 def test_every_host_a_target_chooses_is_on_the_list_of_hosts():
