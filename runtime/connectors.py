@@ -39,8 +39,8 @@ class Gateways:
         return frozenset(self.list_all()) - frozenset(gateway_catalog.discover())
 
     def find_mappings(self, name: str) -> Path | None:
-        """Folder of a gateway's mapping: the user's for a gateway of theirs, None for one of ours."""
-        return self.folder if name in self.list_own() else None
+        """Folder of the mapping of one of them: the user's for a gateway of theirs, None for one of ours."""
+        return None if name in gateway_catalog.discover() else self.folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from runtime import cli
+from runtime.connectors import Gateways
 from runtime.roles import worker
 from runtime.settings import read_settings
 from schemas.failure import OperatorError
@@ -108,6 +109,7 @@ def test_a_worker_takes_the_mapping_beside_it(folder):
     settings = read_settings(folder.parent / "remitstream.toml")
     deciders = worker.build_deciders(settings, HmacKey(b"k" * 32), Registry(), AnySchema(), None)
     assert deciders[NAME]._normaliser.version.startswith(f"{NAME}/7/")
+    assert Gateways(folder).find_mappings("stripe") is None
 
 
 def test_the_suite_takes_its_parts_from_there_and_finds_its_mistakes(folder):
