@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sinks.policy import Moment
     from sinks.shards import Shard
     from topics.cluster import KafkaSettings
-    from topics.group import Partition
+    from topics.footing import Partition
 
 LOOK_INTERVAL = 0.5
 """Seconds between two looks into the topic."""

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from sinks.ledger import Ledger
     from sinks.transport import Transport
     from topics.cluster import KafkaSettings
-    from topics.group import Partition
+    from topics.footing import Partition
     from topics.registry import Registry
 
 _BUSY_WAIT = 0.004

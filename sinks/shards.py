@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sinks.policy import Policy
     from topics.cluster import KafkaSettings
-    from topics.group import Partition
+    from topics.footing import Partition
 
 
 class LedgerUnreadable(FatalError):

@@ -20,8 +20,10 @@ from telemetry.log import get_log
 from telemetry.metrics import METRICS, Metric, Metrics
 from topics import catalog
 from topics.dead_letter import build_dead_letter
-from topics.group import GroupConsumer, Membership, Polled, PositionBroken
+from topics.footing import PositionBroken
+from topics.group import GroupConsumer, Polled
 from topics.headers import RawRecord, read_headers
+from topics.membership import Membership
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

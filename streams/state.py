@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lmdb
 import msgspec
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from topics.cluster import KafkaSettings
+
+T = TypeVar("T")
 
 SEEN = "seen"
 WAITING = "waiting"
@@ -113,13 +115,7 @@ class Draft:
 
     def read_seen(self, key: str) -> list[SeenEntry]:
         """Decided copies of a fact; empty when absent or void."""
-        value = self._read(SEEN, _shorten(key))
-        if value is None:
-            return []
-        try:
-            return _seen_decoder.decode(value)
-        except msgspec.MsgspecError:
-            raise self.state.discard("an entry of `seen` is not readable") from None
+        return self._decode(SEEN, key, _seen_decoder) or []
 
     def write_seen(self, key: str, entries: Sequence[SeenEntry]) -> None:
         """Replace the decided copies of a fact; none means void."""
@@ -127,13 +123,7 @@ class Draft:
 
     def read_lineage(self, root: str) -> Lineage | None:
         """What is known of a root transaction."""
-        value = self._read(LINEAGE, _shorten(root))
-        if value is None:
-            return None
-        try:
-            return _lineage_decoder.decode(value)
-        except msgspec.MsgspecError:
-            raise self.state.discard("an entry of `lineage` is not readable") from None
+        return self._decode(LINEAGE, root, _lineage_decoder)
 
     def write_lineage(self, root: str, lineage: Lineage) -> None:
         """Record a root transaction."""
@@ -156,6 +146,15 @@ class Draft:
         changed = {store: log for store, log in self._logs.items() if log.entries}
         if changed:
             self.state.apply(changed)
+
+    def _decode(self, store: str, key: str, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
+        value = self._read(store, _shorten(key))
+        if value is None:
+            return None
+        try:
+            return decoder.decode(value)
+        except msgspec.MsgspecError:
+            raise self.state.discard(f"an entry of `{store}` is not readable") from None
 
     def _read(self, store: str, key: bytes) -> bytes | None:
         change = self._logs[store].entries.get(key)

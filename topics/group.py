@@ -7,6 +7,9 @@ The rules (each answers a way to lose or double a record):
   under; the group metadata is taken right after that check, on the same thread.
 * A partition starts at its frontier, after its state was loaded, and after no predecessor's transaction is undecided.
 * After any rebalance and after any abort every kept partition is sought to its frontier; nothing is skipped.
+
+Where partitions start, and whether the topics are still the same: ``topics.footing``. How the group shares out, and
+what its client complains of: ``topics.membership``.
 """
 
 from __future__ import annotations
@@ -16,17 +19,16 @@ import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from enum import Enum
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, TopicPartition
 
-from schemas.failure import ConfigurationError, FatalError, OperatorError, TemporaryError
+from schemas.failure import FatalError, OperatorError, TemporaryError
 from topics import catalog, frontier
-from topics.cluster import COMPLAINT_SECONDS, KafkaUnreachable, describe_topics
-from topics.lease import STATISTICS_INTERVAL_MS, Lease, read_client_time, read_sleepless_time
-from topics.reading import TopicMissing, TopicReader
+from topics.footing import Footing, Partition, PositionBroken
+from topics.lease import Lease, read_client_time, read_sleepless_time
+from topics.membership import Complaints, Fences, Membership
 from topics.transaction import Changelog, Output, RecordRefused, TransactionAborted, Transactor
 
 if TYPE_CHECKING:
@@ -36,91 +38,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-Partition = tuple[str, int]
-"""Topic name and partition number."""
-
-
-_STANDSTILL = frozenset(
-    {
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.GROUP_AUTHORIZATION_FAILED,
-        KafkaError.UNKNOWN_TOPIC_OR_PART,
-    }
-)
-"""The client goes on asking, in vain until somebody acts, and nobody else would tell."""
 
 TOPICS_SECONDS = 30.0
 """How often a member looks whether its topics are still the ones it began with."""
 
 
-REJOINS = 2
-FENCED_SECONDS = 60.0
-"""A member that the group fences joins it again, at most this often within so many seconds."""
-
-
 class StaleAssignment(Exception):
     """The batch was polled under an earlier assignment; it was dropped and will be read again by whoever owns it."""
-
-
-class PositionBroken(FatalError):
-    """A batch does not begin at the frontier."""
-
-    code = "RS304"
-    meaning = "Records came out of order with the frontier; going on could skip or repeat some."
-    default_remedy = "Nothing by hand: the process manager restarts the process; report it if it repeats."
-
-
-class PartitionsChanged(ConfigurationError):
-    """A topic has another number of partitions than the settings say."""
-
-    code = "RS134"
-    meaning = "A topic's partition count is not `worker.partitions`: the same key would go to two partitions."
-    default_remedy = (
-        "Correct `worker.partitions` if it is the setting that is wrong. If partitions were added to a topic, its "
-        "order and dedupe are broken: stop all writers and move to a new generation of topics."
-    )
-
-
-class TopicReplaced(FatalError):
-    """A topic was deleted and made again under a running process."""
-
-    code = "RS307"
-    meaning = "A topic was deleted and made again while this process ran; its offsets mean other records now."
-    default_remedy = (
-        "The restarted process reads the new topic from its begin. What the old one held and was not processed is gone "
-        "with it: a gateway can send it again."
-    )
-
-
-class MemberFenced(FatalError):
-    """The group does not let this member in any more."""
-
-    code = "RS309"
-    meaning = "The group's coordinator fenced this member again and again: another one of its name is in the group."
-    default_remedy = "Give every process its own instance name and slot; look for one that was started twice."
-
-
-class Membership(Enum):
-    """How a group shares its partitions out."""
-
-    STICKY = "classic, cooperative-sticky"
-    """Each member keeps what it has; whoever joins gets the first topics' partitions, of the last ones perhaps none."""
-    SPREAD = "classic, roundrobin"
-    """Every member gets its share of every topic; all partitions pause when a member joins or leaves."""
-    SERVER = "consumer"
-    """KIP-848: the broker shares out, by ranges of every topic, and sets the session time-out. No static ids there: a
-    killed static member would block its successor until the session ends."""
-
-    def build_client(self, instance: str, session_ms: int) -> dict[str, Any]:
-        """Configuration of the consumer. librdkafka refuses session settings and assignors of ours with ``SERVER``."""
-        if self is Membership.SERVER:
-            return {"group.protocol": "consumer", "group.remote.assignor": "range"}
-        return {
-            "group.instance.id": instance,
-            "partition.assignment.strategy": "roundrobin" if self is Membership.SPREAD else "cooperative-sticky",
-            "session.timeout.ms": session_ms,
-            "heartbeat.interval.ms": min(3000, session_ms // 6),
-        }
 
 
 @dataclass(slots=True)
@@ -188,7 +112,6 @@ class GroupConsumer(Generic[R]):
         partitions: int | None = None,
     ) -> None:
         self.group = group
-        self.topics = list(topics)
         self.number = 0
         self.failure: OperatorError | None = None
         self._kafka = kafka
@@ -201,7 +124,7 @@ class GroupConsumer(Generic[R]):
         self._keeps_records = keeps_records
         self._membership = membership
         self._lease = self._make_lease()
-        self._partitions = partitions
+        self._footing = Footing(kafka, group, topics, partitions)
         self._owned: dict[Partition, _Owned] = {}
         self.topic_ids: dict[str, str] = {}
         self._consumer: Any = None
@@ -210,8 +133,8 @@ class GroupConsumer(Generic[R]):
         self._loaders = ThreadPoolExecutor(4, thread_name_prefix=f"load-{group}")
         self._load_locks: dict[Partition, Lock] = {}
         self._topics_seen_at = time.monotonic()
-        self._told: dict[tuple[str, int], float] = {}
-        self._fenced_at: list[float] = []
+        self._complaints = Complaints(report)
+        self._fences = Fences(group)
         self._is_fenced = False
         """The client has given up its membership for good."""
         self._all_paused = False
@@ -291,10 +214,7 @@ class GroupConsumer(Generic[R]):
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: function(*arguments))
 
     def _open(self) -> None:
-        self.topic_ids = self._describe_topics()
-        missing = sorted(set(self.topics) - set(self.topic_ids))
-        if missing:
-            raise TopicMissing("the topics do not exist.", place=", ".join(missing))
+        self.topic_ids = self._footing.take()
         self._transactor.open()
         self._join()
 
@@ -304,27 +224,12 @@ class GroupConsumer(Generic[R]):
 
     def _join(self) -> None:
         self._lease = self._make_lease()
-        session = self._kafka.session_timeout_seconds * 1000
         self._consumer = Consumer(
-            self._kafka.build_client(self._instance)
-            | self._membership.build_client(self._instance, session)
-            | {
-                "group.id": self.group,
-                "max.poll.interval.ms": max(300_000, session),
-                "enable.auto.commit": False,
-                "enable.auto.offset.store": False,
-                # A position is always set from the frontier; a missing offset must never decide anything.
-                "auto.offset.reset": "error",
-                "isolation.level": "read_committed",
-                "fetch.wait.max.ms": 20,
-                "fetch.queue.backoff.ms": 10,
-                "queued.max.messages.kbytes": 32_768,
-                "statistics.interval.ms": STATISTICS_INTERVAL_MS,
-                "stats_cb": self._lease.take_statistics,
-            }
+            self._membership.build_client(self._kafka, self.group, self._instance)
+            | {"stats_cb": self._lease.take_statistics}
         )
         self._consumer.subscribe(
-            self.topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            self._footing.topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
 
     def _poll(self, max_records: int, wait: float) -> Polled[R]:
@@ -342,12 +247,9 @@ class GroupConsumer(Generic[R]):
         The coordinator also fences a member for what it sent itself: after a broker was away, requests to join that
         were sent again can overtake each other, and only the last one counts.
         """
-        now = time.monotonic()
-        self._fenced_at = [at for at in self._fenced_at if now - at < FENCED_SECONDS]
-        if len(self._fenced_at) >= REJOINS:
-            raise MemberFenced(f"{len(self._fenced_at) + 1} times within {FENCED_SECONDS:.0f} s.", place=self.group)
-        self._fenced_at.append(now)
-        self._prove_name()
+        self._fences.note()
+        with contextlib.suppress(TemporaryError):
+            self._persist(self._prove_name, "member_fenced")
         if self._closed:
             return
         self._report("member_fenced", TemporaryError("it joins the group again.", place=self.group))
@@ -363,17 +265,28 @@ class GroupConsumer(Generic[R]):
 
     def _prove_name(self) -> None:
         """Raise ``ProcessFenced`` when a newer process works under our name: joining again would fence it in turn."""
+        try:
+            # Rolled back, and so never read.
+            self._transactor.prove(Output(catalog.FRONTIERS, b"probe", None, partition=0))
+        except TransactionAborted as error:
+            raise TemporaryError(str(error), place=self.group) from None
+
+    def _persist(self, step: Callable[[], T], event: str, longest: float = 2.0) -> T:
+        """Take a step however long Kafka is away, waiting up to ``longest`` seconds between.
+
+        On the consumer's thread: without this step there is nothing to do, and not polling meanwhile costs at worst the
+        membership, which comes back with Kafka. Raises ``TemporaryError`` once this is closed.
+        """
         wait = 0.2
-        while not self._closed:
+        while True:
             try:
-                # Rolled back, and so never read.
-                self._transactor.prove(Output(catalog.FRONTIERS, b"probe", None, partition=0))
-            except TransactionAborted as error:
-                self._report("member_fenced", TemporaryError(str(error), place=self.group))
-                time.sleep(wait)
-                wait = min(wait * 2, 2.0)
-            else:
-                return
+                return step()
+            except TemporaryError as error:
+                if self._closed:
+                    raise
+                self._report(event, error)
+            time.sleep(wait)
+            wait = min(wait * 2, longest)
 
     @contextlib.contextmanager
     def _once_failed_for_good(self) -> Iterator[None]:
@@ -431,15 +344,7 @@ class GroupConsumer(Generic[R]):
             raise frontier.FrontierLost(
                 "the position is outside the log.", place=f"{message.topic()}[{message.partition()}]"
             )
-        if error.code() in _STANDSTILL:
-            self._tell(error, message.topic() or self.group)
-
-    def _tell(self, error: KafkaError, place: str) -> None:
-        now = time.monotonic()
-        if now - self._told.get((place, error.code()), float("-inf")) >= COMPLAINT_SECONDS:
-            self._told[place, error.code()] = now
-            remedy = "Check this user's rights on the topic and on the group, and that the topic exists."
-            self._report("client_trouble", KafkaUnreachable(f"{error.name()}.", place=place, remedy=remedy))
+        self._complaints.hear(error, message.topic() or self.group)
 
     def _begin(self, key: Partition, offset: int) -> int:
         """Check the first record of a partition; offsets only rise after it. Return the lowest one wanted."""
@@ -451,23 +356,9 @@ class GroupConsumer(Generic[R]):
                 raise PositionBroken(f"offset {offset} below {owned.frontier}.", place=f"{key[0]}[{key[1]}]")
             # Read again after a rewind, and finished meanwhile.
         elif owned.placed:
-            self._check_gap(*key, owned.frontier, offset)
+            self._footing.check_gap(*key, owned.frontier, offset)
         owned.placed = False
         return owned.frontier
-
-    def _check_gap(self, topic: str, partition: int, start: int, offset: int) -> None:
-        """Between a position we set and the first record may lie transaction markers and aborted records only."""
-        if offset == start:
-            return
-        reader = TopicReader(self._kafka, topic)
-        try:
-            reader.assign({partition: start}, [partition])
-            while reader.positions()[partition] < offset:
-                skipped = [record for record in reader.poll(1, 0.2) if record.offset < offset]
-                if skipped:
-                    raise PositionBroken(f"offset {skipped[0].offset} was skipped.", place=f"{topic}[{partition}]")
-        finally:
-            reader.close()
 
     def _commit(
         self,
@@ -533,7 +424,7 @@ class GroupConsumer(Generic[R]):
         keys = [(partition.topic, partition.partition) for partition in partitions]
         self._is_placing = True
         try:
-            starts = self._await_starts(keys)
+            starts = self._persist(lambda: self._footing.find_starts(keys), "assignment_waits")
         except OperatorError as error:
             self.failure = error
             starts = dict.fromkeys(keys, OFFSET_END)
@@ -614,72 +505,11 @@ class GroupConsumer(Generic[R]):
             self._consumer.close()
         self._transactor.close()
 
-    def _await_starts(self, keys: Sequence[Partition]) -> dict[Partition, int]:
-        """Frontiers of just assigned partitions, however long Kafka is away: without them there is nothing to do.
-
-        Not polling meanwhile costs at worst the membership, which comes back with Kafka.
-        """
-        wait = 0.2
-        while True:
-            try:
-                return self._find_starts(keys)
-            except TemporaryError as error:
-                if self._closed:
-                    raise
-                self._report("assignment_waits", error)
-            time.sleep(wait)
-            wait = min(wait * 2, 2.0)
-
-    def _describe_topics(self) -> dict[str, str]:
-        """Topic ids. Raises ``PartitionsChanged``: keys, order and local state hang on the count."""
-        found = describe_topics(self._kafka, self.topics)
-        for topic, (_, count) in found.items():
-            if self._partitions is not None and count != self._partitions:
-                raise PartitionsChanged(f"it has {count} partitions, not {self._partitions}.", place=topic)
-        return {topic: topic_id for topic, (topic_id, _) in found.items()}
-
-    def _check_ids(self, current: Mapping[str, str]) -> None:
-        """Raise ``TopicMissing`` or ``TopicReplaced`` unless the topics are those that this process began with."""
-        for topic, topic_id in self.topic_ids.items():
-            if topic not in current:
-                raise TopicMissing("the topic was deleted.", place=topic)
-            if current[topic] != topic_id:
-                raise TopicReplaced("its id is another one than at the start of this process.", place=topic)
-
-    def _find_starts(self, keys: Sequence[Partition]) -> dict[Partition, int]:
-        """Frontier of each partition, after every predecessor's transaction on it is decided."""
-        if not keys:
-            return {}
-        current = self._describe_topics()
-        self._check_ids(current)
-        frontier.await_pending_offsets(self._kafka, self.group, keys)
-        known = frontier.read_frontiers(self._kafka, self.group)
-        starts: dict[Partition, int] = {}
-        for topic in {topic for topic, _ in keys}:
-            reader = TopicReader(self._kafka, topic)
-            try:
-                reader.assign({}, [partition for name, partition in keys if name == topic])
-                begins, ends = reader.start_offsets(), reader.end_offsets()
-            finally:
-                reader.close()
-            for partition, begin in begins.items():
-                start = known.get((current[topic], partition), begin)
-                if not begin <= start <= ends[partition]:
-                    raise frontier.FrontierLost(
-                        f"frontier {start}, log from {begin} to {ends[partition]}.", place=f"{topic}[{partition}]"
-                    )
-                starts[topic, partition] = start
-        return starts
-
     # These run on a loader thread; the second hands over to the consumer's thread.
 
     def _watch_topics(self) -> None:
-        """Look whether the topics are still the same.
-
-        A classic member is not told: its client goes on in a topic made anew from the offset of the old one.
-        """
         try:
-            self._check_ids(self._describe_topics())
+            self._footing.check()
         except TemporaryError as error:
             self._report("topics_not_seen", error)
         except OperatorError as error:
@@ -691,24 +521,23 @@ class GroupConsumer(Generic[R]):
             self._load_until_current(key, owned)
 
     def _load_until_current(self, key: Partition, owned: _Owned) -> None:
-        wait = 0.2
-        while self._owned.get(key) is owned and not self._closed:
-            try:
+        def load() -> bool:
+            is_ours = self._owned.get(key) is owned and not self._closed
+            if is_ours:
                 self._load(*key)
-            except TemporaryError as error:
-                self._report("partition_load_failed", error)
-                time.sleep(wait)
-                wait = min(wait * 2, 5.0)
-            except OperatorError as error:
-                self.failure = error
-                return
-            except Exception as error:  # noqa: BLE001 - a loader thread must not die silently
-                self.failure = FatalError(f"loading raised {type(error).__name__}.", place=f"{key[0]}[{key[1]}]")
-                return
-            else:
-                if not self._closed:
-                    self._thread.submit(self._activate, key, owned).result()
-                return
+            return is_ours
+
+        try:
+            is_loaded = self._persist(load, "partition_load_failed", 5.0)
+        except TemporaryError:
+            return  # it is closed
+        except OperatorError as error:
+            self.failure = error
+        except Exception as error:  # noqa: BLE001 - a loader thread must not die silently
+            self.failure = FatalError(f"loading raised {type(error).__name__}.", place=f"{key[0]}[{key[1]}]")
+        else:
+            if is_loaded and not self._closed:
+                self._thread.submit(self._activate, key, owned).result()
 
     def _activate(self, key: Partition, owned: _Owned) -> None:
         if self._owned.get(key) is not owned:

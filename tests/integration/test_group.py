@@ -21,16 +21,10 @@ from confluent_kafka.admin import (
 
 from schemas.failure import FatalError, TemporaryError
 from topics.cluster import KafkaSettings, KafkaUnreachable, describe_topic_ids
+from topics.footing import PartitionsChanged, PositionBroken, TopicReplaced
 from topics.frontier import FrontierLost, await_pending_offsets, build_frontier, read_frontiers
-from topics.group import (
-    GroupConsumer,
-    MemberFenced,
-    Membership,
-    PartitionsChanged,
-    PositionBroken,
-    StaleAssignment,
-    TopicReplaced,
-)
+from topics.group import GroupConsumer, StaleAssignment
+from topics.membership import MemberFenced, Membership
 from topics.reading import Record, TopicReader, build_record, read_to_end
 from topics.transaction import Output, ProcessFenced, ProducerFailed, RecordRefused, TransactionAborted, Transactor
 
@@ -81,11 +75,10 @@ class Place:
         return read_frontiers(self.kafka, self.group).get((self.topic_id, partition))
 
     def build_member(self, name, **arguments):
-        arguments.setdefault("membership", self.membership)
+        arguments = {"topics": [self.source], "membership": self.membership} | arguments
         member = GroupConsumer(
             self.kafka,
             group=self.group,
-            topics=[self.source],
             instance=f"{self.id}-{name}",
             transactional_id=f"{self.id}-{name}",
             build=build_record,
@@ -300,9 +293,7 @@ async def test_a_late_member_gets_its_share_of_every_topic(make_place, membershi
     place, other = make_place(4), make_place(4)
     place.membership = membership
     both = [place.source, other.source]
-    members = [place.build_member("a"), place.build_member("b")]
-    for member in members:
-        member.topics = both
+    members = [place.build_member(name, topics=both) for name in "ab"]
     await members[0].start()
     async with asyncio.timeout(60):
         while len(members[0].frontiers()) != 8:
@@ -650,7 +641,7 @@ async def test_a_partition_that_comes_back_while_it_is_loaded_is_loaded_by_one_a
     member = place.build_member("a", load=load, release=lambda *_key: happened.append("release"))
     member._consumer = FakeConsumer()
     key = (place.source, 0)
-    member._find_starts = lambda keys: dict.fromkeys(keys, 0)
+    member._footing.find_starts = lambda keys: dict.fromkeys(keys, 0)
     partitions = [TopicPartition(*key)]
     await member.call(member._on_assign, member._consumer, partitions)
     await member.call(member._on_revoke, member._consumer, partitions)

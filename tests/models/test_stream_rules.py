@@ -19,7 +19,7 @@ from tests.models.kafka import Consumer, Death
 from tests.models.rules import Rules, conclude, load_model
 from tests.models.stream import K1, K2, K3, POISON, Story, capture
 from topics import frontier
-from topics.group import PositionBroken
+from topics.footing import PositionBroken
 from topics.transaction import Transactor
 
 rule = Rules()
