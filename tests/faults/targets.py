@@ -43,38 +43,29 @@ RULES = (
     TargetRule("nothing", "D", "north", ("capture", "refund", "chargeback")),
 )
 
+_EPIC = """
+[[targets]]
+name = "{rule.name}"
+connector = "epic_dft"
+facilities = ["{rule.facility}"]
+host = "127.0.0.1"
+port = {port}
+sending_application = "REMITSTREAM"
+sending_facility = "LAKESHORE"
+receiving_application = "EPICPB"
+receiving_facility = "{receiver}"
+payment_code = "1001"
+refund_as = "negative"
+{duplicates}
+call_deadline_seconds = {deadline}
+"""
+_DUPLICATES = {
+    "key": 'duplicate_control = "msh10"\nduplicate_window_hours = 72',
+    "nothing": 'duplicate_control = "none"',
+}
+"""What each of the two billing systems says of messages that come twice."""
+
 _SETTINGS = """
-[[targets]]
-name = "key"
-connector = "epic_dft"
-facilities = ["harbor"]
-host = "127.0.0.1"
-port = {key}
-sending_application = "REMITSTREAM"
-sending_facility = "LAKESHORE"
-receiving_application = "EPICPB"
-receiving_facility = "LSHARBOR"
-payment_code = "1001"
-refund_as = "negative"
-duplicate_control = "msh10"
-duplicate_window_hours = 72
-call_deadline_seconds = {deadline}
-
-[[targets]]
-name = "nothing"
-connector = "epic_dft"
-facilities = ["north"]
-host = "127.0.0.1"
-port = {nothing}
-sending_application = "REMITSTREAM"
-sending_facility = "LAKESHORE"
-receiving_application = "EPICPB"
-receiving_facility = "LSNORTH"
-payment_code = "1001"
-refund_as = "negative"
-duplicate_control = "none"
-call_deadline_seconds = {deadline}
-
 [[targets]]
 name = "upsert"
 connector = "zoho_books"
@@ -198,9 +189,18 @@ class Targets:
         secret = self._folder / "simulators.key"
         secret.write_text(_SECRET, "utf-8")
         secret.chmod(0o600)
-        return _SETTINGS.format(
-            key=self._billing.ports["key"],
-            nothing=self._billing.ports["nothing"],
+        epic = "".join(
+            _EPIC.format(
+                rule=rule,
+                port=self._billing.ports[rule.name],
+                receiver=f"LS{rule.facility.upper()}",
+                duplicates=_DUPLICATES[rule.name],
+                deadline=DEADLINE,
+            )
+            for rule in RULES
+            if rule.name in _DUPLICATES
+        )
+        return epic + _SETTINGS.format(
             upsert=self._books.url,
             look_up=self._tenant.url,
             secret=secret,
