@@ -6,6 +6,7 @@ committed: an event that is IN_FLIGHT here may be answered already.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from topics.reading import Record, read_to_end
 from topics.transaction import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from topics.cluster import KafkaSettings
 
@@ -125,13 +126,12 @@ class TargetBook:
     def list_decided(self, find_schema: Callable[[int], str]) -> frozenset[str]:
         """Events about which a decision is on its way to the deliverer; read once, after the events."""
         if self._decided is None:
-            decoder = Decoder("decision", Decision, find_schema)
-            decided = set()
-            for item in read_to_end(self._kafka, catalog.name_decisions(self.target)):
-                found = self.find((item.key or b"").decode()) if isinstance(item, Record) else None
-                if found is not None and isinstance(item, Record) and _is_awaited(found, item, decoder):
-                    decided.add(found.event_id)
-            self._decided = frozenset(decided)
+            events = (
+                (self.find(made.event_id), made) for made in read_decisions(self._kafka, self.target, find_schema)
+            )
+            self._decided = frozenset(
+                found.event_id for found, made in events if found is not None and found.awaits(made)
+            )
         return self._decided
 
     def list_unknown(self) -> list[Open]:
@@ -151,25 +151,54 @@ class TargetBook:
         )
 
 
-def _is_awaited(found: Open, record: Record, decoder: Decoder) -> bool:
-    try:
-        return found.awaits(decoder.decode(record.value or b""))
-    except Failure:
-        return False  # its deliverer cannot read it either, and goes on without it
+def read_decisions(
+    kafka: KafkaSettings, target: str, find_schema: Callable[[int], str], partitions: Sequence[int] | None = None
+) -> Iterator[Decision]:
+    """Every decision about events at a target, in the order in which its deliverer reads those of a partition."""
+    decoder = Decoder("decision", Decision, find_schema)
+    for item in read_to_end(kafka, catalog.name_decisions(target), partitions=partitions):
+        if isinstance(item, Record):
+            # One that cannot be read its deliverer cannot read either, and goes on without it.
+            with contextlib.suppress(Failure):
+                yield decoder.decode(item.value or b"")
 
 
 OVERTAKEN = "OVERTAKEN"
 """Another decision was taken first, or the event went on by itself."""
 
 
-def describe_ruling(found: Open | None, decision_id: str, asked: Open) -> str:
-    """What came of a decision about ``asked``, as the ledger tells: ``taken``, ``waiting``, or why it was refused."""
-    if found is None:
-        return "taken"
-    if found.entry.decision != decision_id:
-        is_same = (found.entry.number, found.entry.round) == (asked.entry.number, asked.entry.round)
-        return "waiting" if is_same else f"refused: {OVERTAKEN}"
-    return "taken" if found.entry.ruling == Ruling.APPLIED else f"refused: {found.entry.ruling}"
+def describe_ruling(found: Open | None, decision_id: str, asked: Open, decisions: Sequence[Decision] = ()) -> str:
+    """What came of a decision about ``asked``: ``taken``, ``waiting``, or why it was refused.
+
+    ``found`` is what the ledger tells now. It keeps nothing of an event that is finished, and only the last decision of
+    one that goes on: there ``decisions``, as its deliverer reads them, tell whether this one counted.
+    """
+    if found is not None:
+        entry = found.entry
+        if entry.decision == decision_id:
+            return "taken" if entry.ruling == Ruling.APPLIED else f"refused: {entry.ruling}"
+        if (entry.number, entry.round) == (asked.entry.number, asked.entry.round):
+            return "waiting"
+        is_read = any(made.decision_id == decision_id for made in decisions)
+        if not is_read or entry.round == asked.entry.round:
+            return f"refused: {OVERTAKEN}"
+    return "taken" if find_rival(decisions, decision_id, asked) is None else f"refused: {OVERTAKEN}"
+
+
+def find_rival(decisions: Sequence[Decision], decision_id: str, asked: Open) -> Decision | None:
+    """The decision of somebody else that counted in place of this one; None when this one was taken.
+
+    Of the decisions of one round the first is used up, and the rest name a round that is over. A later round about the
+    same attempt says that the deliverer had refused this one.
+    """
+    entry = asked.entry
+    named = (asked.event_id, entry.topic, entry.offset, entry.number)
+    about = [made for made in decisions if (made.event_id, made.topic, made.offset, made.attempt) == named]
+    first = next((made for made in about if made.round == entry.round), None)
+    others = [made for made in about if made.decision_id != decision_id and made.round >= entry.round]
+    if first is not None and first.decision_id == decision_id:
+        others = [made for made in others if made.round > entry.round]
+    return others[-1] if others else None
 
 
 def build_decision(

@@ -8,6 +8,7 @@ has no key cannot rewrite the chain unnoticed. Records never hold payload: ids, 
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import hmac
 import time
@@ -176,11 +177,17 @@ class AuditLog:
     def __enter__(self) -> Self:
         # First fence, then read: nobody can write between the two.
         self._transactor.open()
+        last: Act | None = None
         for record in _read(self._kafka):
-            self._number, self._head = _decode(record).number, hash_value(record.value or b"")
+            last = _decode(record)
+            self._number, self._head = last.number, hash_value(record.value or b"")
         if self._seen not in (None, self._number):
             self._transactor.close()
-            raise DeskBusy(f"act {self._number} came after act {self._seen}.", place=AUDIT)
+            told = f"act {self._number} came after act {self._seen}"
+            if last is not None:
+                when = dt.datetime.fromtimestamp(last.time / 1000, dt.UTC).isoformat(timespec="seconds")
+                told += f": {last.act} by {last.by} at {when}"
+            raise DeskBusy(f"{told}.", place=AUDIT)
         return self
 
     def __exit__(self, *_: object) -> None:

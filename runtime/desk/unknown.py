@@ -16,18 +16,20 @@ from runtime.desk.office import ActRefused, NothingFound, Office
 from schemas.events import Action, DeliveryOutcome, MoneyEvent
 from schemas.failure import Failure
 from schemas.wire import Decoder
-from sinks.desk import TargetBook, build_decision, describe_ruling
+from sinks.desk import TargetBook, build_decision, describe_ruling, find_rival, read_decisions
 from telemetry.masking import mask_text
 from topics import catalog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from schemas.events import Decision
     from sinks.desk import Open
     from topics.audit import Actor
 
 LONGEST_REFERENCE = 64
 LOOK_PAUSE = 0.5
+_FINISHED = "it is finished at this target, or was never there."
 
 
 def list_unknown(office_: Office, targets: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -76,17 +78,25 @@ def decide(
     wait: float = 15.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Say what a person found at the target, and wait up to ``wait`` seconds until the deliverer has taken it."""
+    """Say what a person found at the target, and wait up to ``wait`` seconds until the deliverer has taken it.
+
+    When somebody else's decision counted in its place, ``overtaken_by`` tells whose and when.
+    """
     if len(reference) > LONGEST_REFERENCE or not reference.isprintable() or mask_text(reference) != reference:
         raise ActRefused(
             f"a reference has at most {LONGEST_REFERENCE} characters and no patient or card data.", place="--reference"
         )
     last_act = office_.find_last_act()
     book = TargetBook(office_.settings.kafka, _check_target(office_, target))
-    found = _find(book, event_id)
+    found = book.find(event_id)
+    if found is None:
+        raise NothingFound(_FINISHED + _tell_last(office_, event_id, target), place=f"{target} {event_id}")
     found.check(action)
     if event_id in book.list_decided(office_.registry.find_schema):
-        raise ActRefused("a decision about it is on its way to the deliverer.", place=f"{target} {event_id}")
+        raise ActRefused(
+            "a decision about it is on its way to the deliverer." + _tell_last(office_, event_id, target),
+            place=f"{target} {event_id}",
+        )
     schema_id = office_.find_schema_id(catalog.name_decisions(target), "decision")
     with office_.open_log(actor, seen=last_act) as log:
         decision_id = name_decision(log.next_number, event_id)
@@ -99,20 +109,49 @@ def decide(
             "reference": reference,
         }
         log.append(office.DECIDE_UNKNOWN, [event_id], facts, [output])
-    return {"decision": decision_id, "deliverer": await_ruling(office_, found, decision_id, wait, sleep)}
+    return {"decision": decision_id, **await_ruling(office_, found, decision_id, wait, sleep)}
 
 
 def await_ruling(
     office_: Office, found: Open, decision_id: str, wait: float, sleep: Callable[[float], None] = time.sleep
-) -> str:
-    """``taken``, ``refused: CODE``, or ``waiting`` when the deliverer has not taken it in time."""
+) -> dict[str, Any]:
+    """``deliverer``: ``taken``, ``refused: CODE``, or ``waiting`` when the deliverer has not taken it in time.
+
+    With ``overtaken_by`` when somebody else's decision counted.
+    """
+    kafka, place = office_.settings.kafka, [found.partition]
     until = time.monotonic() + wait
     while True:
-        book = TargetBook(office_.settings.kafka, found.target, partitions=[found.partition])
-        ruling = describe_ruling(book.find(found.event_id), decision_id, found)
+        now = TargetBook(kafka, found.target, partitions=place).find(found.event_id)
+        ruling = describe_ruling(now, decision_id, found)
+        rival = None
+        if ruling != "waiting" and (now is None or now.entry.decision != decision_id):
+            made = list(read_decisions(kafka, found.target, office_.registry.find_schema, place))
+            ruling, rival = describe_ruling(now, decision_id, found, made), find_rival(made, decision_id, found)
         if ruling != "waiting" or time.monotonic() >= until:
-            return ruling
+            told: dict[str, Any] = {"deliverer": ruling}
+            if rival is not None:
+                told["overtaken_by"] = _tell_rival(office_, rival)
+            return told
         sleep(LOOK_PAUSE)
+
+
+def _tell_rival(office_: Office, rival: Decision) -> dict[str, Any]:
+    told = {"decision": rival.action, "time": write_time(rival.decided_at)}
+    number = rival.decision_id.partition("/")[0]
+    for act in office_.read_acts():
+        if str(act.number) == number:
+            return told | {"act": act.number, "by": act.by, "os_user": act.os_user}
+    return told
+
+
+def _tell_last(office_: Office, event_id: str, target: str) -> str:
+    """A sentence: who decided about it last. Empty when nobody did."""
+    told = ""
+    for act in office_.read_acts():
+        if act.act == office.DECIDE_UNKNOWN and event_id in act.ids and act.facts.get("target") == target:
+            told = f" {act.by} decided {act.facts.get('decision')!r} at {write_time(act.time)} (act {act.number})."
+    return told
 
 
 def _describe(office_: Office, found: Open) -> dict[str, Any]:
@@ -150,5 +189,5 @@ def _check_target(office_: Office, target: str) -> str:
 def _find(book: TargetBook, event_id: str) -> Open:
     found = book.find(event_id)
     if found is None:
-        raise NothingFound("it is finished at this target, or was never there.", place=f"{book.target} {event_id}")
+        raise NothingFound(_FINISHED, place=f"{book.target} {event_id}")
     return found

@@ -19,7 +19,7 @@ from runtime.cli import main
 from runtime.desk import dead_letters, reviews, unknown
 from runtime.desk.dead_letters import EditRefused
 from runtime.desk.letters import Choice, LetterBook, group, name_decision
-from runtime.desk.office import ActRefused, Office, SecondPersonNeeded, find_actor
+from runtime.desk.office import ActRefused, NothingFound, Office, SecondPersonNeeded, find_actor
 from runtime.settings import read_settings
 from sandbox.billing import BillingSystem, Mode, ModeKind
 from sandbox.transactions import Instance
@@ -409,6 +409,65 @@ async def test_an_unknown_outcome_is_decided_by_a_person(place):
     assert books.balanced
     assert sorted(place.posted(VALLEY)) == ["pi_1", "pi_2", "re_1", "re_2"], "each once"
     assert place.posted(VALLEY).index("pi_2") < place.posted(VALLEY).index("re_2")
+
+
+async def test_of_two_who_decide_about_one_write_the_later_is_told_by_whom_and_when(place, monkeypatch):
+    grace = by("Grace", "TICKET-2")
+    for name in ("pi_1", "pi_2"):
+        place.pay(name, authority="valley")
+        await place.billing.set_mode(Mode(ModeKind.HANG_AFTER_POSTING, count=1, object_id=name), instance=VALLEY)
+    async with place.delivering(VALLEY):
+        await place.settle(lambda books: books.targets[VALLEY].parts["unknown"] == 2)
+        first, second = [item["event_id"] for item in await place.desk(unknown.list_unknown, ())]
+        await asyncio.sleep(6)
+
+        # Grace is quicker between Ada's look and her act: nothing of Ada's is written.
+        quicker = Overtaken(
+            place.settings, lambda: unknown.decide(place.office, first, VALLEY, Action.POSTED, grace, wait=30)
+        )
+        with pytest.raises(DeskBusy, match=r"unknown\.decide by Grace at 20"):
+            await asyncio.to_thread(unknown.decide, quicker, first, VALLEY, Action.POSTED, ADA)
+        with pytest.raises(NothingFound, match=r"Grace decided 'posted' at 20.*\(act 1\)"):
+            await place.desk(unknown.decide, first, VALLEY, Action.NOT_POSTED, ADA)
+        assert [m.key().decode() for m in place.world.read_topic(f"decisions.{VALLEY}")] == [first]
+
+        # Ada's is written and used up without effect; before she looks again, Grace has ended the event.
+        found = TargetBook(place.settings.kafka, VALLEY).find(second)
+        schema_id = place.office.find_schema_id(f"decisions.{VALLEY}", "decision")
+
+        def spoil():
+            refused = build_decision(found, Action.REDRIVE, "refused", schema_id)
+            place.producer.produce(refused.topic, refused.value, refused.key, partition=refused.partition)
+            place.flush()
+
+        looks = []
+
+        def look(*arguments, **options):
+            looks.append(1)
+            if len(looks) == 2:
+                until = time.monotonic() + 60
+                while TargetBook(*arguments, **options).find(second).entry.round == 0:
+                    assert time.monotonic() < until, "the deliverer does not take what it has to refuse"
+                    time.sleep(0.1)
+                told.append(unknown.decide(place.office, second, VALLEY, Action.POSTED, grace, wait=30))
+            return TargetBook(*arguments, **options)
+
+        told = []
+        monkeypatch.setattr(unknown, "TargetBook", look)
+        slow = Overtaken(place.settings, spoil)
+        late = await asyncio.to_thread(unknown.decide, slow, second, VALLEY, Action.NOT_POSTED, ADA, wait=30)
+        assert told[0]["deliverer"] == "taken"
+        assert late["deliverer"] == "refused: OVERTAKEN"
+        whose = late["overtaken_by"]
+        assert (whose["by"], whose["decision"], whose["act"]) == ("Grace", "posted", 3)
+        assert whose["time"].startswith("20")
+        books = await place.settle(lambda books: books.targets[VALLEY].parts["posted"] == 2)
+    assert books.balanced
+    assert sorted(place.posted(VALLEY)) == ["pi_1", "pi_2"], "each once"
+    acts = await asyncio.to_thread(place.office.read_acts)
+    assert [(act.act, act.by) for act in acts] == [
+        ("unknown.decide", "Grace"), ("unknown.decide", "Ada"), ("unknown.decide", "Grace")
+    ]  # fmt: skip
 
 
 async def test_reviews_end_as_people_decide(place):

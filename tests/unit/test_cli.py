@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import cli, command_steps, installation
+from runtime import cli, command_steps, desk_commands, installation
 from runtime.commands import stack as stack_commands
 from runtime.commands.config import HIDDEN
 from sandbox.plan import FEWEST_EVENTS
@@ -499,3 +499,14 @@ def test_a_package_of_another_distribution_is_refused(tmp_path, monkeypatch, cal
 def test_a_package_that_is_not_there_is_refused():
     with pytest.raises(ConfigurationError):
         installation.check_packages(["absent_package_of_ours"])
+
+
+@pytest.mark.parametrize(("deliverer", "code"), [("taken", 0), ("waiting", 75), ("refused: OVERTAKEN", 1)])
+def test_a_decision_that_did_not_count_is_no_success(monkeypatch, capsys, deliverer, code):
+    told = {"decision": "7/e1", "deliverer": deliverer, "overtaken_by": {"by": "Grace", "time": "2026-03-01T22:00:00Z"}}
+    monkeypatch.setattr(desk_commands, "_open", lambda *_, **__: None)
+    monkeypatch.setattr(desk_commands.steps, "load", lambda *_: lambda *_, **__: told)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["unknown", "decide", "e1", "--target", "epic", "--posted", "--by", "Ada", "--why", "T", "--json"])
+    assert caught.value.code == code
+    assert json.loads(capsys.readouterr().out) == told

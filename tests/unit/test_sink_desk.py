@@ -7,7 +7,7 @@ import pytest
 from schemas.events import Action, Decision
 from schemas.wire import Decoder, load_schema
 from sinks.attempts import BEHIND_ENTITY, Entry
-from sinks.desk import CLOCK_ERROR_SECONDS, DecisionRefused, Open, build_decision, describe_ruling
+from sinks.desk import CLOCK_ERROR_SECONDS, DecisionRefused, Open, build_decision, describe_ruling, find_rival
 
 UNKNOWN = (Action.POSTED, Action.NOT_POSTED)
 
@@ -62,6 +62,45 @@ def test_what_came_of_a_decision():
         "refused: OVERTAKEN": build("REJECTED", number=3, round=2, decision="e", ruling="APPLIED"),
     }
     assert {ruling: describe_ruling(found, "d", asked) for ruling, found in told.items()} == {r: r for r in told}
+
+
+def decide(decision_id, **more):
+    written = build_decision(build("UNKNOWN", **more), Action.POSTED, decision_id, 1).value
+    return Decoder("decision", Decision, lambda _: load_schema("decision")).decode(written)
+
+
+@pytest.mark.parametrize(
+    ("decisions", "rival"),
+    [
+        ([decide("d", number=2, round=1)], None),
+        ([decide("e", number=2, round=1), decide("d", number=2, round=1)], "e"),
+        ([decide("d", number=2, round=1), decide("e", number=2, round=1)], None),
+        # Ours was refused; somebody decided anew, and that ended it.
+        ([decide("d", number=2, round=1), decide("e", number=2, round=2)], "e"),
+        # Ours sent it once more; the next attempt was another matter.
+        ([decide("d", number=2, round=1), decide("e", number=3, round=2)], None),
+        ([decide("e", number=2, round=0), decide("d", number=2, round=1)], None),
+        ([decide("e", number=2, round=1), decide("f", number=2, round=2), decide("d", number=2, round=1)], "f"),
+    ],
+)
+def test_of_a_finished_event_the_decisions_tell_whose_counted(decisions, rival):
+    asked = build("UNKNOWN", number=2, round=1)
+    found = find_rival(decisions, "d", asked)
+    assert (found and found.decision_id) == rival
+    assert describe_ruling(None, "d", asked, decisions) == ("refused: OVERTAKEN" if rival else "taken")
+    other = Open("epic", "e2", 0, asked.entry)
+    assert find_rival(decisions, "d", other) is None
+
+
+def test_of_an_event_that_went_on_too():
+    asked = build("UNKNOWN", number=2, round=1)
+    ours, theirs = decide("d", number=2, round=1), decide("e", number=3, round=2)
+    later = build("UNKNOWN", number=3, round=3, decision="e", ruling="APPLIED")
+    assert describe_ruling(later, "d", asked, [ours, theirs]) == "taken"
+    assert describe_ruling(later, "d", asked, [theirs]) == "refused: OVERTAKEN"
+    assert describe_ruling(later, "d", asked, [theirs, ours, decide("f", number=2, round=2)]) == "refused: OVERTAKEN"
+    by_itself = build("UNKNOWN", number=3, round=1)
+    assert describe_ruling(by_itself, "d", asked, [ours]) == "refused: OVERTAKEN"
 
 
 def test_a_decision_is_awaited_only_at_the_attempt_it_names():
