@@ -287,9 +287,9 @@ def show_review(
     embedded: Embedded = None,
     as_json: Json = False,
 ) -> None:
-    """Show one open review."""
+    """Show one open review; of a conflicting copy what both copies say about the money."""
     office = _open(config, assignments, embedded=embedded)
-    output.print_data(steps.load("runtime.desk.reviews", "find_question")(office, review).describe(), as_json=as_json)
+    output.print_data(steps.load("runtime.desk.reviews", "show")(office, review), as_json=as_json)
 
 
 @reviews_app.command(
@@ -298,7 +298,7 @@ def show_review(
 def decide_review(
     *,
     review: Review,
-    way: Annotated[str, typer.Argument(metavar="keep|retry|patient|dismiss", help="As `reviews list` allows.")],
+    way: Annotated[str, typer.Argument(metavar="keep|accept|retry|patient|dismiss", help="As `reviews list` allows.")],
     by: By,
     why: Why,
     patient: Annotated[
@@ -309,11 +309,11 @@ def decide_review(
     embedded: Embedded = None,
     as_json: Json = False,
 ) -> None:
-    """End a review: keep the first copy, try again, name the patient, or propose to dismiss it."""
+    """End a review: keep the first copy, try again, name the patient, or propose to accept or dismiss it."""
     actor = _find_actor(by, why)
     office = _open(config, assignments, embedded=embedded)
-    if way == "dismiss":
-        told = steps.load("runtime.desk.reviews", "propose_dismissal")(office, [review], actor)
+    if way in ("accept", "dismiss"):
+        told = steps.load("runtime.desk.reviews", "propose")(office, [review], way, actor)
     else:
         reference = _read_patient(patient) if way == "patient" else None
         told = steps.load("runtime.desk.reviews", "decide")(office, review, way, actor, patient=reference)

@@ -495,7 +495,7 @@ async def test_reviews_end_as_people_decide(place):
     place.admit(f"{SECRET}-9")
     await place.settle(lambda books: books.raw.parts["canonical"] == 2)
     await place.desk(reviews.decide, child, "retry", ADA)
-    proposal = await place.desk(reviews.propose_dismissal, [nobody], ADA)
+    proposal = await place.desk(reviews.propose, [nobody], "dismiss", ADA)
     with pytest.raises(SecondPersonNeeded):
         await asyncio.to_thread(place.office.find_proposal, proposal["proposal"], ADA)
     found = await asyncio.to_thread(place.office.find_proposal, proposal["proposal"], by("Grace"))
@@ -511,6 +511,76 @@ async def test_reviews_end_as_people_decide(place):
     headers = [dict(m.headers()) for m in place.world.read_topic("raw.stripe")]
     assert not any(SECRET.encode() in value for record in headers for value in record.values())
     assert await asyncio.to_thread(reviews.read_questions, place.office) == []
+
+
+async def test_a_second_copy_is_published_only_where_the_first_came_to_nothing(place):
+    """Published beside one that stands, the money would be in the canonical topics twice."""
+    grace = by("Grace")
+    place.pay("pi_1")
+    place.pay("pi_1", amount=999)
+    place.send("pi_2")
+    for amount in (800, 999):
+        place.pay("pi_2", amount=amount)
+    place.send("re_2", "refund.created", payment_intent="pi_2", amount=100)
+    async with place.delivering(NORTH):
+        await place.settle(
+            lambda books: books.raw.parts["in_review"] == 5 and books.targets[NORTH].parts["posted"] == 1
+        )
+        questions = await asyncio.to_thread(reviews.read_questions, place.office)
+        copies = {}
+        for question in questions:
+            if question.review.reason == "CONFLICTING_COPY":
+                told = await place.desk(reviews.show, question.key)
+                copies[told["copies"]["this"]["object"], told["copies"]["this"]["amount"]] = question.key, told
+        posted, shown = copies["pi_1", "9.99 USD"]
+        assert shown["copies"]["first"] | {"status": "", "source_event": ""} == {
+            "state": "canonical", "kind": "capture", "status": "", "amount": "7.00 USD", "object": "pi_1",
+            "source_event": "", "targets": {NORTH: "posted"},
+        }  # fmt: skip
+        second, third = (copies["pi_2", amount][0] for amount in ("8.00 USD", "9.99 USD"))
+        assert copies["pi_2", "8.00 USD"][1]["copies"]["first"] == {"state": "in_review"}
+
+        for key, way, state in ((posted, "accept", "canonical"), (posted, "dismiss", "canonical"),
+                                (second, "accept", "in_review")):  # fmt: skip
+            with pytest.raises(ActRefused, match=state):
+                await place.desk(reviews.propose, [key], way, ADA)
+        with pytest.raises(ActRefused, match="accept"):
+            await place.desk(reviews.decide, second, "accept", ADA)
+
+        async def release(keys, way):
+            proposal = await place.desk(reviews.propose, keys, way, ADA)
+            with pytest.raises(SecondPersonNeeded):
+                await asyncio.to_thread(place.office.find_proposal, proposal["proposal"], ADA)
+            found = await asyncio.to_thread(place.office.find_proposal, proposal["proposal"], grace)
+            return await place.desk(reviews.approve, found, grace)
+
+        (unnamed,) = (
+            q.key for q in questions if (q.review.reason, q.review.event_type) == ("PATIENT_NOT_NAMED", "capture")
+        )
+        await release([unnamed], "dismiss")
+        with pytest.raises(ActRefused, match="nobody"):
+            await place.desk(reviews.decide, second, "keep", ADA)
+        # Two proposals stand; only one copy may take the place.
+        rival = await place.desk(reviews.propose, [third], "accept", ADA)
+        await release([second], "accept")
+        found = await asyncio.to_thread(place.office.find_proposal, rival["proposal"], grace)
+        with pytest.raises(ActRefused, match=r"sent_again|canonical"):
+            await place.desk(reviews.approve, found, grace)
+        await place.settle(lambda books: books.targets[NORTH].parts["posted"] == 2)
+        for key in (posted, third):
+            await place.desk(reviews.decide, key, "keep", ADA)
+        (child,) = (q.key for q in await asyncio.to_thread(reviews.read_questions, place.office))
+        await place.desk(reviews.decide, child, "retry", ADA)
+        place.pay("pi_2", amount=800)
+        books = await place.settle(
+            lambda books: books.targets[NORTH].parts["posted"] == 3 and books.raw.parts["suppressed"] == 5
+        )
+    assert (books.balanced, books.raw.doubled, books.raw.parts["in_review"]) == (True, 0, 0)
+    assert {p["description"]: p["minor"] for p in place.billing.read_ledger(instance=NORTH)} == {
+        "pi_1": 700, "pi_2": 800, "re_2": -100
+    }  # fmt: skip
+    events = [dict(m.headers())["event_id"] for m in place.world.read_topic("payments")]
+    assert len(events) == len(set(events)) == 3
 
 
 async def test_the_command_line_says_the_same(place, capsys):
