@@ -142,6 +142,10 @@ def build_ratios(results: dict[str, dict[str, Any]]) -> dict[str, float]:
         "cpu_per_event_vs_faust": ("full", "faust"),
         "cpu_per_event_vs_faust_tuned": ("full", "faust-tuned"),
         "cpu_per_event_two_processes": ("two-processes", "full"),
+        "bound_cpu_per_event_vs_kafka_streams": ("bound", "kafka-streams"),
+        "full_bound_cpu_per_event_vs_quixstreams": ("bound-full", "quixstreams"),
+        "mapping_bound_ratio": ("mapping", "bound"),
+        "full_bound_ratio": ("full", "bound-full"),
         "passthrough_ratio": ("full", "passthrough"),
         "mapping_passthrough_ratio": ("mapping", "passthrough"),
     }

@@ -34,6 +34,20 @@ def parse_schema() -> Any:
     )
 
 
+def build_frame(schema_id: int) -> bytes:
+    """What precedes the Avro body of a value."""
+    return struct.pack(">bI", 0, schema_id)
+
+
+def build_constant(traffic: Traffic, mapping_version: str, schema_id: int) -> tuple[bytes, Headers]:
+    """Value and headers of an event of the real size, made once: event 0, as if it lay at a place far into the log."""
+    hop = f"{'x' * 22}:0:100000"
+    event = expect_event(traffic.draw(0), hop=hop, mapping_version=mapping_version, enriched=True)
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, parse_schema(), event)
+    return build_frame(schema_id) + out.getvalue(), expect_headers(event)
+
+
 class Checker:
     """Compares records with expectations: each event exactly once, whole, with key and headers."""
 
@@ -44,7 +58,8 @@ class Checker:
         self._hops = hops
         self._topic_id = topic_id
         self._mapping_version = mapping_version
-        self._frame = struct.pack(">bI", 0, schema_id)
+        self._schema_id = schema_id
+        self._frame = build_frame(schema_id)
         self._schema = parse_schema()
 
     def check_events(self, records: Iterable[tuple[bytes, bytes, Headers]], *, enriched: bool) -> int:
@@ -77,6 +92,16 @@ class Checker:
             fact = self._traffic.draw(number)
             if value != self._traffic.write_body(fact) or key != fact.root.encode():
                 raise WrongOutput(f"record {number} was changed")
+        return self._count(seen)
+
+    def check_constants(self, records: Iterable[tuple[bytes, bytes, Headers]]) -> int:
+        """Check that one ready-made event was written for each record; return their number. Raises ``WrongOutput``."""
+        expected = build_constant(self._traffic, self._mapping_version, self._schema_id)
+        seen = bytearray(len(self._hops))
+        for key, value, headers in records:
+            number = self._take(seen, key.decode().partition("/")[2])
+            if (value, headers) != expected:
+                raise WrongOutput(f"record {number} is not the ready-made one")
         return self._count(seen)
 
     def _take(self, seen: bytearray, object_id: str) -> int:

@@ -20,6 +20,8 @@ GUESSED_RATES = {
     "faust": 2_000,
     "faust-tuned": 2_500,
     "passthrough": 40_000,
+    "bound": 50_000,
+    "bound-full": 40_000,
 }
 """Events a second over a whole run."""
 

@@ -44,7 +44,7 @@ class Scenario:
     """Empty: a topic of its own. Otherwise the product's."""
     transactional: bool
     """Done when the offsets are committed (exactly once), or when all is written (at least once)."""
-    check: Literal["mapped", "enriched", "copied"] = "mapped"
+    check: Literal["mapped", "enriched", "copied", "constant"] = "mapped"
     small: bool = False
     """Gets the small input only, because it is slow."""
     processes: int = 1
@@ -185,6 +185,8 @@ def check_output(ground: Ground, scenario: Scenario, output: str) -> int:
     full = [topic for topic in MUST_BE_EMPTY if scenario.output and any(ground.read_ends(topic).values())]
     if full:
         raise WrongOutput(f"there are records in {', '.join(full)}")
+    if scenario.check == "constant":
+        return checker.check_constants(records)
     return checker.check_events(records, enriched=scenario.check == "enriched")
 
 

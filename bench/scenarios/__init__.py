@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bench.scenarios import (
+    bound,
     faust_stock,
     kafka_streams,
     ours_full,
@@ -27,5 +28,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     faust_stock.SCENARIO,
     faust_stock.TUNED,
     passthrough.SCENARIO,
+    bound.SCENARIO,
+    bound.FULL,
     ours_two_processes.SCENARIO,
 )

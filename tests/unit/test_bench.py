@@ -17,7 +17,7 @@ from bench.environments import read_java_parts
 from bench.ground import BenchBroken
 from bench.latency import describe_ages
 from bench.meter import Mark, build_ratios, compare_marks, compare_threads, find_percentile
-from bench.outputs import SCHEMA, Checker, WrongOutput, parse_schema
+from bench.outputs import SCHEMA, Checker, WrongOutput, build_constant, parse_schema
 from bench.plan import GUESSED_RATES, estimate_minutes, estimate_posting_minutes
 from bench.profiler import sum_up, write_summary
 from bench.programs.collected_worker import CollectorClock
@@ -119,6 +119,29 @@ def test_a_copy_must_be_the_same_bytes():
     copies[2] = (key, value.replace(b'"livemode":false', b'"livemode":true'), headers)
     with pytest.raises(WrongOutput, match="record 2 was changed"):
         build_checker().check_copies(copies)
+
+
+def test_a_ready_made_event_is_written_once_for_each_record():
+    constant = build_constant(TRAFFIC, "stripe/1/x", 7)
+    records = [(TRAFFIC.draw(number).root.encode(), *constant) for number in range(COUNT)]
+    assert build_checker().check_constants(records) == COUNT
+    key, value, headers = records[4]
+    for spoilt in ((key, value[:-1], headers), (key, value, headers[1:])):
+        with pytest.raises(WrongOutput, match="record 4 is not the ready-made one"):
+            build_checker().check_constants([*records[:4], spoilt, *records[5:]])
+    with pytest.raises(WrongOutput, match="event 4 came twice"):
+        build_checker().check_constants([*records, records[4]])
+    with pytest.raises(WrongOutput, match="1 events are missing, event 4 first"):
+        build_checker().check_constants(records[:4] + records[5:])
+
+
+def test_a_ready_made_event_has_the_size_of_a_real_one():
+    value, headers = build_constant(TRAFFIC, "stripe/1/x", 7)
+    _, real, real_headers = build_records(enriched=True)[0]
+    assert len(headers) == len(real_headers) == 11
+    # A longer place: a topic's id has 22 characters, an offset up to six digits.
+    longer = len(f"{'x' * 22}:0:100000") - len("topic:0:0")
+    assert len(value) == len(real) + longer
 
 
 def test_the_mapping_of_the_python_contenders_gives_the_expected_events():
