@@ -188,7 +188,9 @@ class Runner:
         """Whether events are being delivered, and if not, why. Safe to call from the event loop at any time."""
         reasons: dict[str, str] = {}
         if not self._consumer.is_ready() or self._intake is None:
-            reasons["group"] = "joining, or loading the ledger"
+            hindrance = self._consumer.hindrance
+            known = f"{hindrance.code} at {hindrance.place}" if hindrance else ""
+            reasons["group"] = known or "joining, or loading the ledger"
         if self._held is not None:
             reasons["paused"] = f"{self._held.code} at {self._held.place}"
         if not self._is_lease_fresh():

@@ -246,7 +246,8 @@ class Feeder:
             full = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(self._crowded))
             reasons["waiting room full"] = full
         if not self.group.is_ready():
-            reasons["group"] = "joining, or loading state"
+            hindrance = self.group.hindrance
+            reasons["group"] = f"{hindrance.code} at {hindrance.place}" if hindrance else "joining, or loading state"
         elif time.monotonic() - self.group.last_heartbeat > self._kafka.session_timeout_seconds:
             reasons["group"] = "the group's coordinator has not answered lately"
         return not reasons, reasons

@@ -86,13 +86,14 @@ class Footing:
     def find_starts(self, keys: Sequence[Partition]) -> dict[Partition, int]:
         """Frontier of each partition, after every predecessor's transaction on it is decided.
 
-        Without one, the begin of the log. Raises ``FrontierLost`` when it lies outside the log, and what ``check``
-        raises.
+        Without one, the begin of the log. Raises ``FrontierLost`` when it lies outside the log, ``FrontierMissing``
+        when there was one, and what ``check`` raises.
         """
         if not keys:
             return {}
         self.check()
-        frontier.await_pending_offsets(self._kafka, self._group, keys)
+        # In this order: an offset that is seen here has its frontier before the end of the log that is read next.
+        committed = frontier.await_pending_offsets(self._kafka, self._group, keys)
         known = frontier.read_frontiers(self._kafka, self._group)
         starts: dict[Partition, int] = {}
         for topic in {topic for topic, _ in keys}:
@@ -103,13 +104,26 @@ class Footing:
             finally:
                 reader.close()
             for partition, begin in begins.items():
-                start = known.get((self._ids[topic], partition), begin)
+                start = known.get((self._ids[topic], partition))
+                if start is None:
+                    self._check_new(topic, partition, begin, committed.get((topic, partition)))
+                    start = begin
                 if not begin <= start <= ends[partition]:
                     raise frontier.FrontierLost(
                         f"frontier {start}, log from {begin} to {ends[partition]}.", place=f"{topic}[{partition}]"
                     )
                 starts[topic, partition] = start
         return starts
+
+    def _check_new(self, topic: str, partition: int, begin: int, committed: tuple[int, str] | None) -> None:
+        """An offset of ours, of this very topic, was committed together with a frontier."""
+        if committed is None or committed[1] != self._ids[topic] or committed[0] <= begin:
+            return
+        raise frontier.FrontierMissing(
+            f"the group has come to {committed[0]}.",
+            place=f"{topic}[{partition}]",
+            remedy=f"{frontier.FrontierMissing.default_remedy} With `--to {committed[0]}` it goes on where it was.",
+        )
 
     def check_gap(self, topic: str, partition: int, start: int, offset: int) -> None:
         """Between a start and the first record may lie transaction markers and aborted records only.

@@ -38,6 +38,19 @@ class FrontierLost(FatalError):
     )
 
 
+class FrontierMissing(FatalError):
+    """The topic of frontiers no longer holds one that was written."""
+
+    code = "RS399"
+    meaning = (
+        "The topic `frontiers` has lost what a group wrote there: from the log's begin, all would be processed again."
+    )
+    default_remedy = (
+        "Run `remitstream topics check`: `frontiers` must be compacted, and nothing else may delete from it. Stop the "
+        "processes of the group, then run `remitstream topics move-frontier` for this partition."
+    )
+
+
 def build_frontier(group: str, topic_id: str, partition: int, offset: int) -> Output:
     """The record that moves a frontier."""
     return Output(catalog.FRONTIERS, f"{group}|{topic_id}|{partition}".encode(), str(offset).encode(), partition=0)
@@ -60,10 +73,11 @@ def read_frontiers(kafka: KafkaSettings, group: str) -> dict[tuple[str, int], in
 
 def await_pending_offsets(
     kafka: KafkaSettings, group: str, partitions: Sequence[tuple[str, int]], *, patience: float = 30
-) -> None:
+) -> dict[tuple[str, int], tuple[int, str]]:
     """Wait until no transaction still holds an undecided offset of these partitions (topic, number).
 
-    A predecessor's transaction may be prepared while its markers travel; asking for stable offsets waits it out.
+    Returns the offsets that there are, each with the topic id under which it was committed; "" when another program set
+    it. A predecessor's transaction may be prepared while its markers travel; asking for stable offsets waits it out.
     """
     admin = AdminClient(kafka.build_client("remitstream-barrier"))
     wanted = ConsumerGroupTopicPartitions(group, [TopicPartition(*partition) for partition in partitions])
@@ -78,7 +92,8 @@ def await_pending_offsets(
         except KafkaException as error:
             place, undecided = group, name_error(error)
         if not undecided:
-            return
+            known = [item for item in found.topic_partitions if item.offset >= 0]
+            return {(item.topic, item.partition): (item.offset, item.metadata or "") for item in known}
         if time.monotonic() > until:
             raise KafkaUnreachable(f"offsets stay undecided ({undecided}).", place=place)
         time.sleep(0.05)

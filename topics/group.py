@@ -29,6 +29,7 @@ from topics import catalog, frontier
 from topics.footing import Footing, Partition, PositionBroken
 from topics.lease import Lease, read_client_time, read_sleepless_time
 from topics.membership import Complaints, Fences, Membership
+from topics.reading import TopicMissing
 from topics.transaction import Changelog, Output, RecordRefused, TransactionAborted, Transactor
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ class GroupConsumer(Generic[R]):
         self.group = group
         self.number = 0
         self.failure: OperatorError | None = None
+        self.hindrance: OperatorError | None = None
+        """What it waits for though it has not failed: a topic that is gone, or to be let in."""
         self._kafka = kafka
         self._instance = instance
         self._build = build
@@ -146,8 +149,16 @@ class GroupConsumer(Generic[R]):
         await self._call(self._open)
 
     async def poll(self, max_records: int, wait: float) -> Polled[R]:
-        """Records of active partitions; empty after ``wait`` seconds without any. Raises ``FatalError``."""
-        return await self._call(self._poll, max_records, wait)
+        """Records of active partitions; empty after ``wait`` seconds without any. Raises ``FatalError``.
+
+        Cancelled, it loses nothing: what is still polled for nobody is read again.
+        """
+        try:
+            return await self._call(self._poll, max_records, wait)
+        except asyncio.CancelledError:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self._thread.submit(self._rewind)
+            raise
 
     async def commit(
         self,
@@ -175,9 +186,10 @@ class GroupConsumer(Generic[R]):
         return await self._call(function, *arguments)
 
     def is_ready(self) -> bool:
-        """Subscribed, and every assigned partition is loaded."""
+        """Subscribed, every assigned partition is loaded, and no topic is missing."""
         placed = self.number > 0 and not self._is_placing
-        return self.failure is None and placed and all(owned.active for owned in list(self._owned.values()))
+        unhindered = self.failure is None and self.hindrance is None
+        return unhindered and placed and all(owned.active for owned in list(self._owned.values()))
 
     @property
     def last_heartbeat(self) -> float:
@@ -344,7 +356,7 @@ class GroupConsumer(Generic[R]):
             raise frontier.FrontierLost(
                 "the position is outside the log.", place=f"{message.topic()}[{message.partition()}]"
             )
-        self._complaints.hear(error, message.topic() or self.group)
+        self.hindrance = self._complaints.hear(error, message.topic() or self.group) or self.hindrance
 
     def _begin(self, key: Partition, offset: int) -> int:
         """Check the first record of a partition; offsets only rise after it. Return the lowest one wanted."""
@@ -384,7 +396,11 @@ class GroupConsumer(Generic[R]):
         if number != self.number:
             self._rewind()
             raise StaleAssignment
-        offsets = [TopicPartition(topic, partition, offset) for (topic, partition), offset in positions.items()]
+        # The id tells a successor that this offset had a frontier, should that one be gone.
+        offsets = [
+            TopicPartition(topic, partition, offset, self.topic_ids[topic])
+            for (topic, partition), offset in positions.items()
+        ]
         frontiers = [
             frontier.build_frontier(self.group, self.topic_ids[topic], partition, offset)
             for (topic, partition), offset in positions.items()
@@ -420,6 +436,7 @@ class GroupConsumer(Generic[R]):
 
     def _on_assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
         self.number += 1
+        self.hindrance = None
         self._lease.begin()
         keys = [(partition.topic, partition.partition) for partition in partitions]
         self._is_placing = True
@@ -512,8 +529,12 @@ class GroupConsumer(Generic[R]):
             self._footing.check()
         except TemporaryError as error:
             self._report("topics_not_seen", error)
+            if isinstance(error, TopicMissing):
+                self.hindrance = error
         except OperatorError as error:
             self.failure = error
+        else:
+            self.hindrance = None
 
     def _prepare(self, key: Partition, owned: _Owned) -> None:
         # A partition that was taken away and came back while it was being loaded: one store, one loader at a time.

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from topics.cluster import KafkaSettings
 
+_REFUSALS = frozenset({KafkaError.INCONSISTENT_GROUP_PROTOCOL, KafkaError.INVALID_SESSION_TIMEOUT})
+"""The client asks to join again and again, and is refused each time."""
+
 _STANDSTILL = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -37,6 +40,21 @@ class MemberFenced(FatalError):
     code = "RS309"
     meaning = "The group's coordinator fenced this member again and again: another one of its name is in the group."
     default_remedy = "Give every process its own instance name and slot; look for one that was started twice."
+
+
+class JoinRefused(FatalError):
+    """The group's coordinator refuses this member; it is told, and asks again."""
+
+    code = "RS398"
+    meaning = (
+        "The group's coordinator does not let this member in: its session timeout is outside the broker's bounds, or "
+        "the members that are in the group share out in another way."
+    )
+    default_remedy = (
+        "Set `kafka.session_timeout_seconds` between the broker's `group.min.session.timeout.ms` and "
+        "`group.max.session.timeout.ms`. After a change of `worker.group_protocol` or of the version, end the members "
+        "that still have the old way; this one then comes in by itself."
+    )
 
 
 class Membership(Enum):
@@ -106,12 +124,15 @@ class Complaints:
         self._report = report
         self._told: dict[tuple[str, int], float] = {}
 
-    def hear(self, error: KafkaError, place: str) -> None:
-        """Report ``client_trouble`` if this one keeps the client from going on."""
-        if error.code() not in _STANDSTILL:
-            return
-        now = time.monotonic()
-        if now - self._told.get((place, error.code()), float("-inf")) >= COMPLAINT_SECONDS:
-            self._told[place, error.code()] = now
+    def hear(self, error: KafkaError, place: str) -> JoinRefused | None:
+        """Report ``client_trouble`` if this one keeps the client from going on; return it if it keeps us out."""
+        refusal = JoinRefused(f"{error.name()}.", place=place) if error.code() in _REFUSALS else None
+        trouble: OperatorError | None = refusal
+        if error.code() in _STANDSTILL:
             remedy = "Check this user's rights on the topic and on the group, and that the topic exists."
-            self._report("client_trouble", KafkaUnreachable(f"{error.name()}.", place=place, remedy=remedy))
+            trouble = KafkaUnreachable(f"{error.name()}.", place=place, remedy=remedy)
+        now = time.monotonic()
+        if trouble and now - self._told.get((place, error.code()), float("-inf")) >= COMPLAINT_SECONDS:
+            self._told[place, error.code()] = now
+            self._report("client_trouble", trouble)
+        return refusal

@@ -269,6 +269,7 @@ class Group:
         self.position = 0
         self._known = 0
         self.topic_ids = {TOPIC: "P"}
+        self.hindrance = None
 
     @property
     def is_owner(self) -> bool:

@@ -182,7 +182,7 @@ def freeze_with_batch():
 
 def ignore_pending_offsets():
     """The other of the two barriers of an assignment is away: the one that asks for stable group offsets."""
-    frontier.await_pending_offsets = lambda *_arguments, **_more: None
+    frontier.await_pending_offsets = lambda *_arguments, **_more: {}
 
 
 PROTECTIONS = {

@@ -22,7 +22,7 @@ from confluent_kafka.admin import (
 from schemas.failure import FatalError, TemporaryError
 from topics.cluster import KafkaSettings, KafkaUnreachable, describe_topic_ids
 from topics.footing import PartitionsChanged, PositionBroken, TopicReplaced
-from topics.frontier import FrontierLost, await_pending_offsets, build_frontier, read_frontiers
+from topics.frontier import FrontierLost, FrontierMissing, await_pending_offsets, build_frontier, read_frontiers
 from topics.group import GroupConsumer, StaleAssignment
 from topics.membership import MemberFenced, Membership
 from topics.reading import Record, TopicReader, build_record, read_to_end
@@ -450,6 +450,24 @@ async def test_a_group_without_offsets_starts_at_its_frontier_and_a_new_one_at_t
         assert (await take(member, 10)).records[0].value == expected
 
 
+async def test_a_frontier_that_was_lost_stops_with_its_code_and_where_to_go_on(place):
+    """From the log's begin all would be decided, and posted, again."""
+    place.send(*"abc")
+    member = await place.join()
+    await place.commit(member, await take(member, 3))
+    await member.close()
+    producer = Producer({"bootstrap.servers": place.kafka.bootstrap})
+    lost = build_frontier(place.group, place.topic_id, 0, 3)
+    producer.produce(lost.topic, None, lost.key, partition=0)
+    assert producer.flush(10) == 0
+    again = await place.join()
+    with pytest.raises(FrontierMissing) as missing:
+        await take(again, 10)
+    assert (missing.value.code, missing.value.place) == ("RS399", f"{place.source}[0]")
+    assert "`--to 3`" in missing.value.remedy
+    assert place.read() == list("abc")
+
+
 @pytest.mark.parametrize("where", ["below the log", "above the log"])
 async def test_a_frontier_outside_the_log_stops_with_its_code(place, where):
     place.send(*"abcdef")
@@ -511,6 +529,28 @@ async def test_a_deleted_topic_is_reported_and_ends_nothing(place, monkeypatch):
     else:
         pytest.fail("nobody was told")
     assert member.failure is None
+    assert not member.is_ready()
+    assert (member.hindrance.code, member.hindrance.place) == ("RS211", place.source)
+
+
+async def test_a_member_that_is_not_let_in_says_so(place, monkeypatch):
+    """Its client asks until the others have gone, and tells nobody but who looks at its events."""
+    monkeypatch.setattr("topics.group.TOPICS_SECONDS", float("inf"))
+    first = await place.join("a", membership=Membership.SPREAD)
+    while not first.frontiers():
+        await first.poll(1, 0.1)
+    reports = []
+    other = await place.join("b", report=lambda event, error: reports.append((event, error.code, error.place)))
+    async with asyncio.timeout(60):
+        while not reports:
+            await asyncio.gather(first.poll(1, 0.1), other.poll(1, 0.1))
+        assert reports == [("client_trouble", "RS398", place.group)]
+        assert not other.is_ready()
+        assert other.hindrance.code == "RS398"
+        await first.close()
+        while not other.is_ready():
+            await other.poll(1, 0.1)
+    assert other.hindrance is None
 
 
 def test_a_producer_that_can_never_begin_says_so(place):
@@ -582,6 +622,21 @@ async def test_a_transaction_without_offsets_is_refused(place):
     with pytest.raises(ValueError, match="fences nothing"):
         await member.commit(polled.number, [Output(place.out, b"k", b"v")], {})
     assert place.read() == []
+
+
+async def test_a_poll_that_is_given_up_loses_nothing(place):
+    member = await place.join()
+    while not member.frontiers():
+        await member.poll(1, 0.1)
+    given_up = asyncio.create_task(member.poll(10, 5.0))
+    await asyncio.sleep(0.1)
+    given_up.cancel()
+    place.send(*"abc")
+    await member.call(lambda: None)  # that poll has ended
+    place.send(*"de")
+    while member.frontiers()[place.source, 0] < 5:
+        await place.commit(member, await take(member, 10))
+    assert place.read() == list("abcde")
 
 
 async def test_pausing_keeps_membership_and_loses_nothing(place):

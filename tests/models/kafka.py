@@ -62,6 +62,8 @@ class Membership:
     generation: int = 0
     members: list = field(default_factory=list)
     offsets: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    """What was committed beside each offset."""
 
 
 def fail(code, *, abortable=False, retriable=False):
@@ -164,8 +166,9 @@ class Kafka:
         """The offsets' markers may come first."""
         with self.lock:
             if transaction.offsets_pending and transaction.state != "aborted":
-                for (name, topic), offset in transaction.offsets.items():
-                    self.groups[name].offsets[topic] = offset
+                for (name, topic), at in transaction.offsets.items():
+                    self.groups[name].offsets[topic] = at.offset
+                    self.groups[name].notes[topic] = at.metadata
             transaction.offsets_pending = False
 
     def write_markers(self):
@@ -262,7 +265,7 @@ class Producer:
             is_current = generation == membership.generation and membership.owner is member
             if not is_current and (moved or self.kafka.fences_unmoved):
                 raise fail(KafkaError.ILLEGAL_GENERATION, abortable=True)
-            self.current.offsets = {(name, at.topic): at.offset for at in offsets}
+            self.current.offsets = {(name, at.topic): at for at in offsets}
             self.current.offsets_pending = True
 
     def commit_transaction(self, timeout=-1):
@@ -482,5 +485,15 @@ class Admin:
                 and any(t.offsets_pending and t.state in ("open", "prepared") for t in self.kafka.transactions)
             )
         error = KafkaError(KafkaError.UNSTABLE_OFFSET_COMMIT) if undecided else None
-        places = [SimpleNamespace(error=error, topic=place.topic) for place in asked.topic_partitions]
+        known = self.kafka.groups[asked.group_id]
+        places = [
+            SimpleNamespace(
+                error=error,
+                topic=place.topic,
+                partition=place.partition,
+                offset=known.offsets.get(place.topic, -1001),
+                metadata=known.notes.get(place.topic),
+            )
+            for place in asked.topic_partitions
+        ]
         return {asked.group_id: answer(SimpleNamespace(topic_partitions=places))}

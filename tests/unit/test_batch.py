@@ -14,6 +14,7 @@ from telemetry.metrics import Metrics
 from topics.cluster import KafkaSettings
 from topics.group import Polled, StaleAssignment
 from topics.headers import RawRecord
+from topics.reading import TopicMissing
 from topics.transaction import Output, RecordRefused, TransactionAborted
 
 RAW = ("raw.stripe", "raw.hl7")
@@ -27,6 +28,7 @@ class Group:
         self.frontier = dict.fromkeys(((topic, 0) for topic in RAW), 0)
         self.polls, self.answers, self.calls = [], [], []
         self.last_heartbeat = float("inf")
+        self.hindrance = None
 
     def frontiers(self):
         return dict(self.frontier)
@@ -48,7 +50,7 @@ class Group:
         committed()
 
     def is_ready(self):
-        return True
+        return self.hindrance is None
 
     def __getattr__(self, name):
         async def note():
@@ -326,6 +328,11 @@ async def test_a_batch_given_back_pauses_says_so_and_comes_again(feeder, monkeyp
     assert len(again.records) == 1
     await again.commit(decide(again))
     assert feeder.is_ready() == (True, {})
+
+
+async def test_what_the_group_waits_for_is_told(feeder):
+    feeder.group.hindrance = TopicMissing("the topic was deleted.", place="raw.stripe")
+    assert feeder.is_ready() == (False, {"group": "RS211 at raw.stripe"})
 
 
 async def test_a_record_polled_while_paused_is_not_lost(feeder, monkeypatch):

@@ -31,7 +31,7 @@ from telemetry.metrics import Metrics
 from topics import catalog
 from topics.cluster import KafkaSettings
 from topics.group import Polled, StaleAssignment
-from topics.reading import Record
+from topics.reading import Record, TopicMissing
 from topics.transaction import RecordRefused, TransactionAborted
 
 PAYMENTS = (catalog.PAYMENTS, 0)
@@ -105,6 +105,7 @@ class Group:
         self.broker = Group.broker
         self.position = None
         self.topic_ids = {catalog.PAYMENTS: "P", catalog.SETTLEMENTS: "S"}
+        self.hindrance = None
         self.loaded = False
 
     @property
@@ -119,7 +120,7 @@ class Group:
         self.broker.number = 1
 
     def is_ready(self):
-        return True
+        return self.hindrance is None
 
     def frontiers(self):
         return {PAYMENTS: self.broker.frontier} if self.broker.owned and self.loaded else {}
@@ -579,6 +580,13 @@ async def test_identity_that_is_down_holds_and_loses_nothing(world):
         await world.until(world.broker.outcomes)
         assert runner.ready() == (True, {})
     assert world.receiver.received == ["pi_1"]
+
+
+async def test_what_the_group_waits_for_is_told(world):
+    async with world.running() as runner:
+        await world.until(lambda: runner.ready() == (True, {}))
+        runner._consumer.hindrance = TopicMissing("the topic was deleted.", place="payments")
+        assert runner.ready() == (False, {"group": "RS211 at payments"})
 
 
 async def test_an_ambiguous_patient_is_parked_and_later_posted(world):
