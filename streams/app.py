@@ -49,7 +49,8 @@ class Worker:
 
     def _add_agent(self, raw: str) -> None:
         decider = self.feeder.deciders[raw]
-        topic = self.app.topic(raw, value_serializer=CODEC, key_serializer=CODEC, value_type=None)
+        # With acknowledgements Faust would note every batch for a commit of its own, which never comes: a leak.
+        topic = self.app.topic(raw, value_serializer=CODEC, key_serializer=CODEC, value_type=None, acks=False)
 
         async def normalise(batches: AsyncIterable[Batch]) -> None:
             async for batch in batches:

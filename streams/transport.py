@@ -89,10 +89,6 @@ class BatchConsumer(Consumer):
     async def _commit(self, _offsets: Any) -> bool:
         return True
 
-    def ack(self, _message: Any) -> bool:
-        """Nothing: an acknowledgement of Faust's means that the agent's loop went on, not that anything is durable."""
-        return True
-
     async def perform_seek(self) -> None:
         """Nothing."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 
 import faust
@@ -134,6 +135,35 @@ async def test_batches_are_decided_and_committed_in_order(build):
     assert worker.feeder.group.committed == [1, 2, 3]
     assert worker.feeder.deciders[RAW].seen == [[0], [1], [2]]
     assert worker.explain() is None
+
+
+def count_held(*owners):
+    """Entries of every container that an object has as an attribute, and of the containers in those."""
+    held = 0
+    for owner in owners:
+        for container in vars(owner).values():
+            if not isinstance(container, Collection) or isinstance(container, str):
+                continue
+            held += len(container)
+            inner = container.values() if isinstance(container, Mapping) else list(container)
+            held += sum(len(one) for one in inner if isinstance(one, Collection) and not isinstance(one, str))
+    return held
+
+
+async def test_faust_keeps_nothing_of_the_batches_that_are_over(build):
+    worker = build(polls=700)
+    app, committed, held = worker.app, worker.feeder.group.committed, {}
+
+    def look():
+        # Faust's averages hold their last hundred readings.
+        for name, batches in (("early", 200), ("late", 700)):
+            if len(committed) >= batches and name not in held:
+                held[name] = count_held(app.consumer, app.topics, app.monitor, *app.agents.values())
+        return "late" in held
+
+    await run(worker, look)
+    assert held["early"] > 100, "this looks at the wrong containers"
+    assert held["late"] - held["early"] < 20
 
 
 async def test_no_port_is_opened(build):

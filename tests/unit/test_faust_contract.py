@@ -6,6 +6,7 @@ is never called again.
 
 import inspect
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import faust
 import mode
@@ -71,7 +72,6 @@ def test_no_abstract_method_is_left():
         (consumer.Consumer._to_message, ["self", "tp", "record"]),
         (consumer.Consumer._drain_messages, ["self", "fetcher"]),
         (consumer.Consumer.on_partitions_assigned, ["self", "assigned", "generation_id"]),
-        (consumer.Consumer.ack, ["self", "message"]),
         (faust.App.on_rebalance_start, ["self"]),
         (faust.App.crash, ["self", "reason"]),
         (faust.App.wait_until_stopped, ["self"]),
@@ -80,6 +80,15 @@ def test_no_abstract_method_is_left():
 )
 def test_what_is_called_or_calls_us_keeps_its_signature(function, names):
     assert [name for name, _ in list_parameters(function)] == names
+
+
+def test_a_topic_can_go_without_acknowledgements():
+    class Feeder:
+        deciders = {"raw.stripe": SimpleNamespace(source="stripe")}  # noqa: RUF012 - read only
+
+    built = app.Worker(Feeder()).app
+    assert [agent.channel.acks for agent in built.agents.values()] == [False]
+    assert "if channel.acks" in inspect.getsource(type(built.topics)), "the conductor does not ask for it any more"
 
 
 def test_a_message_is_built_by_position():
