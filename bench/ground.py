@@ -28,6 +28,7 @@ from schemas.wire import Encoder
 from streams.normalise import Normaliser
 from topics import catalog, provision
 from topics.cluster import describe_topic_ids
+from topics.frontier import build_frontier
 from topics.registry import Registry, find_ids, register_schemas
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remitstream"
 RAW = catalog.name_raw("stripe")
 SMALL_RAW = "bench.raw.small"
+WORKERS = "remitstream.worker"
+"""Group of the stream workers."""
 PARTITIONS = 4
 _PATIENCE = 120.0
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -124,6 +127,22 @@ class Ground:
                 future.result()
         shutil.rmtree(self.settings.worker.state, ignore_errors=True)
         self._provision()
+        if not raw:
+            self._move_to_begin()
+
+    def _move_to_begin(self) -> None:
+        """Let the worker begin at the raw log's begin.
+
+        A member with a static id stays in its group until the session ends, and such a group cannot be deleted: its
+        offsets are still there, and without a frontier they would stop the worker.
+        """
+        topic_id = self.find_topic_id(RAW)
+        producer = Producer({"bootstrap.servers": self.bootstrap, "log_level": 2})
+        for partition in range(PARTITIONS):
+            record = build_frontier(WORKERS, topic_id, partition, 0)
+            produce(producer, record.topic, record.value, record.key, record.partition)
+        if producer.flush(60):
+            raise BenchBroken("frontiers could not be written")
 
     def create_topic(self, name: str) -> None:
         """A topic with as many partitions as the flow has."""
