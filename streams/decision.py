@@ -251,7 +251,9 @@ def guard(function: Callable[..., T_Mapped], *arguments: object) -> T_Mapped | F
     try:
         return function(*arguments)
     except Failure as failure:
-        return failure
+        # Its traceback would keep the frames, and in them the whole batch, alive until the collector comes.
+        failure.__context__ = failure.__cause__ = None
+        return failure.with_traceback(None)
     except OperatorError:
         raise
     except Exception as error:  # noqa: BLE001 - the record is kept with the exception's type; the text may hold payload

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import gc
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from schemas.tenancy import Account, Authority, Facility, Tenancy
 from schemas.wire import Decoder, Encoder, load_schema
 from streams import decide
 from streams.decide import MoneyDecider
-from streams.decision import Codecs, Room
+from streams.decision import Codecs, Decision, Room
 from streams.normalise import Normaliser
 from streams.state import LINEAGE, SEEN, WAITING, PartitionState, SeenEntry, StateUnusable
 from topics.headers import RawRecord, find_header
@@ -313,6 +314,21 @@ async def test_a_dead_letter_keeps_bytes_and_headers(world):
     assert ("account", b"cards") in letter.headers
     assert find_header(letter.headers, "dead_letter_stage") == "normalise"
     assert find_header(letter.headers, "origin") == "T:0:0"
+
+
+async def test_a_dead_letter_does_not_keep_its_batch_alive(world):
+    """The collector comes rarely: what an error's traceback holds on to would pile up, bodies of patients included."""
+    world.identities.learn("M-a")
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(3):
+            await world.run(capture(f"a{number}"), b"{not json", capture("b", None))
+        left = sum(isinstance(one, Decision) for one in gc.get_objects())
+    finally:
+        gc.enable()
+    assert len(world.dead_letters) == 6
+    assert left == 0
 
 
 async def test_a_record_the_broker_refuses_is_a_dead_letter_and_a_copy_of_it_passes(world):
