@@ -44,6 +44,10 @@ TOPICS_SECONDS = 30.0
 """How often a member looks whether its topics are still the ones it began with."""
 
 
+CUT_OFF_SECONDS = 30.0
+"""A member whose session is over for so long without an answer looks whether its client still reaches a broker."""
+
+
 class StaleAssignment(Exception):
     """The batch was polled under an earlier assignment; it was dropped and will be read again by whoever owns it."""
 
@@ -139,7 +143,8 @@ class GroupConsumer(Generic[R]):
         self._complaints = Complaints(report)
         self._fences = Fences(group)
         self._is_fenced = False
-        """The client has given up its membership for good."""
+        """The client has given up its membership for good, or all brokers."""
+        self._reached_at = time.monotonic()
         self._all_paused = False
         self._is_placing = False
         self._closed = False
@@ -236,6 +241,7 @@ class GroupConsumer(Generic[R]):
 
     def _join(self) -> None:
         self._lease = self._make_lease()
+        self._reached_at = time.monotonic()
         self._consumer = Consumer(
             self._membership.build_client(self._kafka, self.group, self._instance)
             | {"stats_cb": self._lease.take_statistics}
@@ -323,6 +329,7 @@ class GroupConsumer(Generic[R]):
         first = self._consumer.poll(wait)
         number = self.number
         if first is None:
+            self._is_fenced = self._is_fenced or self._is_cut_off()
             return Polled(number)
         messages = [first, *self._consumer.consume(max_records - 1, 0)] if max_records > 1 else [first]
         if self.number != number:
@@ -346,6 +353,25 @@ class GroupConsumer(Generic[R]):
             if offset >= lowest[key]:
                 records.append(build(message, topic, partition, offset))
         return Polled(number, partitions)
+
+    def _is_cut_off(self) -> bool:
+        """Whether this client reaches no broker while a new one does: librdkafka 2.16 can lose all of them for good."""
+        patience = self._kafka.session_timeout_seconds + CUT_OFF_SECONDS
+        if time.monotonic() - max(self._lease.renewed_at, self._reached_at) < patience:
+            return False
+        self._reached_at = time.monotonic()
+        try:
+            self._consumer.list_topics(timeout=2)
+        except KafkaException:
+            pass
+        else:
+            return False
+        try:
+            self._footing.check()
+        except TemporaryError:
+            return False  # Kafka is away for everybody
+        self._report("client_cut_off", TemporaryError("its client lost all brokers.", place=self.group))
+        return True
 
     def _judge(self, message: Any, error: KafkaError) -> None:
         """An event in place of a record: most are for librdkafka to mend."""

@@ -61,9 +61,15 @@ def build_record(message: Any, topic: str, partition: int, offset: int) -> Recor
     )
 
 
+SILENT_SECONDS = 30.0
+"""A reader that heard nothing for so long looks whether its client still reaches a broker."""
+
+
 class TopicReader:
     """Reads all or some partitions of one topic. Positions move over transaction markers and aborted records.
 
+    librdkafka 2.16 can lose all its brokers for good when one restarts, while a new client reaches them: a client that
+    reaches none is replaced, and goes on from the positions.
     ``fetch_wait`` is how long, in milliseconds, the broker holds a question to which there is no answer yet: a reader
     that mostly waits asks less often with a longer one; a new record is answered at once all the same.
     """
@@ -75,26 +81,26 @@ class TopicReader:
         self.topic = topic
         self._positions: dict[int, int] = {}
         self._admin: AdminClient | None = None
-        self._consumer = Consumer(
-            kafka.build_client(f"remitstream-read-{topic}")
-            | {
-                # A group id is required by the client; nothing is ever committed under it.
-                "group.id": "remitstream-reader",
-                "enable.auto.commit": False,
-                "enable.auto.offset.store": False,
-                "enable.partition.eof": True,
-                "isolation.level": isolation,
-                "auto.offset.reset": "earliest",
-                "fetch.wait.max.ms": fetch_wait,
-                "fetch.queue.backoff.ms": 10,
-            }
-        )
+        self._configuration = kafka.build_client(f"remitstream-read-{topic}") | {
+            # A group id is required by the client; nothing is ever committed under it.
+            "group.id": "remitstream-reader",
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "enable.partition.eof": True,
+            "isolation.level": isolation,
+            "auto.offset.reset": "earliest",
+            "fetch.wait.max.ms": fetch_wait,
+            "fetch.queue.backoff.ms": 10,
+        }
+        self._consumer = Consumer(self._configuration)
+        self._heard_at = time.monotonic()
 
     def partitions(self) -> list[int]:
         """Partition numbers of the topic. Raises ``KafkaUnreachable`` or ``TopicMissing``."""
         try:
             metadata = self._consumer.list_topics(self.topic, timeout=10).topics[self.topic]
         except (KafkaException, KeyError) as error:
+            self._replace()
             raise KafkaUnreachable(f"no metadata ({name_error(error)}).", place=self.topic) from None
         if metadata.error is not None or not metadata.partitions:
             raise TopicMissing("the topic does not exist.", place=self.topic)
@@ -111,26 +117,27 @@ class TopicReader:
         """Read these partitions (all by default) from the given next offsets; a missing one begins at log start."""
         chosen = self.partitions() if partitions is None else list(partitions)
         self._positions = {partition: offsets.get(partition, 0) for partition in chosen}
-        self._consumer.assign(
-            [TopicPartition(self.topic, partition, offsets.get(partition, OFFSET_BEGINNING)) for partition in chosen]
-        )
+        self._place()
 
     def poll(self, max_records: int, timeout: float) -> list[Record]:
         """Up to ``max_records`` records, waiting at most ``timeout`` seconds for the first."""
         records: list[Record] = []
         first = self._consumer.poll(timeout)
         if first is None:
+            self._look_after_silence()
             return records
         messages = [first, *self._consumer.consume(max_records - 1, 0)] if max_records > 1 else [first]
         for message in messages:
             error = message.error()
             if error is not None:
                 if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - the public name of that constant
+                    self._heard_at = time.monotonic()
                     self._move(message.partition(), message.offset())
                     continue
                 if error.retriable() or error.code() in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT):  # noqa: SLF001
                     continue
                 raise KafkaUnreachable(f"reading failed ({error.name()}).", place=self.topic)
+            self._heard_at = time.monotonic()
             partition, offset = message.partition(), message.offset()
             self._move(partition, offset + 1)
             records.append(build_record(message, self.topic, partition, offset))
@@ -171,6 +178,30 @@ class TopicReader:
                     ) from None
             time.sleep(0.2)
         raise AssertionError("the last attempt returns or raises")
+
+    def _look_after_silence(self) -> None:
+        """A topic to which nobody writes is silent, too; a client without brokers has no metadata."""
+        if time.monotonic() - self._heard_at < SILENT_SECONDS:
+            return
+        self._heard_at = time.monotonic()
+        try:
+            self._consumer.list_topics(self.topic, timeout=2)
+        except KafkaException:
+            self._replace()
+
+    def _replace(self) -> None:
+        self._consumer.close()
+        self._consumer = Consumer(self._configuration)
+        self._place()
+
+    def _place(self) -> None:
+        # Position 0 is the log's start, which is later when old segments are gone.
+        self._consumer.assign(
+            [
+                TopicPartition(self.topic, partition, offset or OFFSET_BEGINNING)
+                for partition, offset in self._positions.items()
+            ]
+        )
 
     def _move(self, partition: int, offset: int) -> None:
         if offset > self._positions.get(partition, 0):

@@ -105,8 +105,8 @@ _FENCED = frozenset({KafkaError._FENCED, KafkaError.INVALID_PRODUCER_EPOCH, Kafk
 class Transactor:
     """A transactional producer: one per process and slot.
 
-    A producer whose transaction can be neither finished nor aborted is replaced: the successor's first call makes the
-    broker abort what the old one left open. Never after a commit was asked for: then only the log can tell.
+    A producer whose transaction can be neither begun, finished nor aborted is replaced: the successor's first call
+    makes the broker abort what the old one left open. Never after a commit was asked for: then only the log can tell.
     """
 
     def __init__(self, kafka: KafkaSettings, transactional_id: str) -> None:
@@ -156,6 +156,8 @@ class Transactor:
             try:
                 self.open(8.0)
             except KafkaUnreachable as error:
+                # Nothing is open, so nothing is lost with it; a client can lose its brokers for good (`TopicReader`).
+                self._replace()
                 raise TransactionAborted(error.detail) from None
         # Of this transaction: a late report of a replaced producer goes into the old ones.
         reports = [_Reports() for _ in range(len(changelogs) + 1)]

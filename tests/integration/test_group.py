@@ -6,9 +6,17 @@ import os
 import threading
 import time
 import uuid
+from typing import ClassVar
 
 import pytest
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaException, Producer, TopicPartition
+from confluent_kafka import (
+    Consumer,
+    ConsumerGroupTopicPartitions,
+    KafkaError,
+    KafkaException,
+    Producer,
+    TopicPartition,
+)
 from confluent_kafka.admin import (
     AdminClient,
     AlterConfigOpType,
@@ -20,6 +28,8 @@ from confluent_kafka.admin import (
 )
 
 from schemas.failure import FatalError, TemporaryError
+from topics import group as group_module
+from topics import reading as reading_module
 from topics.cluster import KafkaSettings, KafkaUnreachable, describe_topic_ids
 from topics.footing import PartitionsChanged, PositionBroken, TopicReplaced
 from topics.frontier import FrontierLost, FrontierMissing, await_pending_offsets, build_frontier, read_frontiers
@@ -136,6 +146,14 @@ async def take(member, count, tries=150):
         if polled.records:
             return polled
     pytest.fail("no records came")
+
+
+async def poll_until_ready(member):
+    for _ in range(150):
+        await member.poll(1, 0.1)
+        if member.is_ready():
+            return
+    pytest.fail("it did not become ready")
 
 
 async def poll_for_long(member):
@@ -715,6 +733,101 @@ async def test_a_partition_that_comes_back_while_it_is_loaded_is_loaded_by_one_a
 class FakeConsumer:
     def __getattr__(self, _name):
         return lambda *_arguments: None
+
+
+# A client that lost its brokers. librdkafka does it at some restart of a broker, which no test can bring about at will.
+
+
+class CutOffClient:
+    """A real client up to the moment ``cut``; from then on it reaches no broker and says nothing."""
+
+    made: ClassVar[list["CutOffClient"]] = []
+
+    def __init__(self, configuration, **arguments):
+        self.is_cut = False
+        listener = configuration.get("stats_cb")
+        if listener is not None:
+            configuration = configuration | {"stats_cb": lambda text: self.is_cut or listener(text)}
+        self._client = Consumer(configuration, **arguments)
+        self.made.append(self)
+
+    def __getattr__(self, name):
+        return getattr(self._client, name)
+
+    def poll(self, timeout):
+        found = self._client.poll(timeout)
+        return None if self.is_cut else found
+
+    def list_topics(self, *arguments, **options):
+        if self.is_cut:
+            raise KafkaException(KafkaError(KafkaError._TRANSPORT))
+        return self._client.list_topics(*arguments, **options)
+
+
+@pytest.fixture
+def clients(monkeypatch):
+    monkeypatch.setattr(CutOffClient, "made", [])
+    monkeypatch.setattr(group_module, "Consumer", CutOffClient)
+    monkeypatch.setattr(reading_module, "Consumer", CutOffClient)
+    monkeypatch.setattr(group_module, "CUT_OFF_SECONDS", 0)
+    monkeypatch.setattr(reading_module, "SILENT_SECONDS", 0.5)
+    return CutOffClient.made
+
+
+@pytest.mark.parametrize("membership", list(Membership))
+async def test_a_member_whose_client_lost_its_brokers_gets_a_new_one(place, membership, clients):
+    place.membership = membership
+    place.send("1")
+    reported = []
+    member = await place.join(report=lambda event, _error: reported.append(event))
+    await place.commit(member, await take(member, 10))
+    clients[0].is_cut = True
+    place.send("2", "3")
+    await place.commit(member, await take(member, 10))
+    assert place.read() == ["1", "2", "3"]
+    assert reported.count("client_cut_off") == 1
+
+
+@pytest.mark.parametrize("is_kafka_away", [False, True])
+async def test_a_client_that_is_idle_or_without_kafka_is_kept(place, clients, monkeypatch, is_kafka_away):
+    member = await place.join()
+    await poll_until_ready(member)
+
+    def fail():
+        raise KafkaUnreachable("away", place="here")
+
+    if is_kafka_away:
+        clients[0].is_cut = True
+        monkeypatch.setattr(member._footing, "check", fail)
+    # It looks at every poll now.
+    monkeypatch.setattr(group_module, "CUT_OFF_SECONDS", -place.kafka.session_timeout_seconds)
+    for _ in range(10):
+        await member.poll(1, 0.05)
+    assert member._consumer is clients[0]
+
+
+def test_a_reader_whose_client_lost_its_brokers_gets_a_new_one(place, clients):
+    place.send("1", "2")
+    reader = TopicReader(place.kafka, place.source)
+    reader.assign({})
+
+    def read(count):
+        found, until = [], time.monotonic() + 30
+        while len(found) < count and time.monotonic() < until:
+            found += [record.value for record in reader.poll(10, 0.1)]
+        return found
+
+    assert read(2) == [b"1", b"2"]
+    clients[-1].is_cut = True
+    place.send("3")
+    assert read(1) == [b"3"]
+    clients[-1].is_cut = True
+    with pytest.raises(KafkaUnreachable):
+        reader.partitions()
+    assert reader.partitions() == [0]
+    place.send("4")
+    assert read(1) == [b"4"]
+    reader.close()
 
 
 # What a start waits for.
