@@ -39,6 +39,7 @@ def main():
     chosen.add_argument("--sample", type=int, metavar="N", help="all steps of the commit and others, N in all")
     parser.add_argument("--seed", default="1", help="of the sample")
     parser.add_argument("--only", default="", metavar="TEXT", help="points whose name holds this text")
+    parser.add_argument("--source", choices=("stripe", "hl7"), help="batches of this source only")
     parser.add_argument("--list", action="store_true", help="print the points and stop")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="crash-points-"))
@@ -62,6 +63,7 @@ def main():
         chosen = [
             (sweep, [trial for trial in found if arguments.only in str(trial)])
             for sweep, found in ((payments, trials), (admissions, others))
+            if arguments.source in (None, sweep.traffic.source)
         ]
         if arguments.sample:
             chosen = [
