@@ -192,10 +192,6 @@ def find_loaders(recording):
     return {thread for thread, point in recording if point.door == "Environment.open_db"}
 
 
-BESIDE = "Consumer.resume"
-"""A partition is resumed when its loader is done, on the consumer's thread, before the batch of another one or after."""
-
-
 def choose_points(recording, part=None, without=()):
     """Distinct points of a recording, or of a part of it, in order of their first passage there.
 
@@ -209,7 +205,7 @@ def choose_points(recording, part=None, without=()):
     for number, (thread, (door, place, side, _)) in enumerate(recording[: inside.stop]):
         key = (door, place, side)
         counts[key] += 1
-        if number not in inside or thread in without or door == BESIDE:
+        if number not in inside or thread in without:
             continue
         point = Point(*key, counts[key])
         before, last[thread] = last.get(thread), side
