@@ -4,22 +4,66 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import KafkaException, Producer
 
+from telemetry.log import get_log
 from topics.cluster import PRODUCER, KafkaSettings, KafkaUnreachable, name_error
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from topics.headers import Headers
+
+SILENT_SECONDS = 30.0
+"""A client that no broker has answered for so long is replaced."""
+
+
+class _Silence:
+    """Since when no broker has answered one client. Any thread may tell it."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self.is_too_long = False
+
+    def break_off(self) -> None:
+        """A broker has answered."""
+        with self._lock:
+            self._since = None
+            self.is_too_long = False
+
+    def prolong(self) -> None:
+        """A broker was asked and has not answered."""
+        with self._lock:
+            now = self._clock()
+            if self._since is None:
+                self._since = now
+            self.is_too_long = now - self._since >= SILENT_SECONDS
 
 
 class Publisher:
-    """An idempotent producer for one asyncio loop; many publishes may be under way at once."""
+    """An idempotent producer for one asyncio loop; many publishes may be under way at once.
 
-    def __init__(self, kafka: KafkaSettings, client_id: str, *, timeout_seconds: float = 5.0) -> None:
-        self._bootstrap = kafka.bootstrap
-        self._producer = Producer(
+    librdkafka 2.16 was seen to lose all its brokers for good when they restarted, while a new client reached them. So a
+    client that for ``SILENT_SECONDS`` no broker has answered is replaced, which does no harm when Kafka itself is away.
+    What was given to the old one is still acknowledged by it, or fails when its time is over.
+    """
+
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        client_id: str,
+        *,
+        timeout_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client_id = client_id
+        self._clock = clock
+        self._configuration = (
             kafka.build_client(client_id)
             | PRODUCER
             | {
@@ -30,8 +74,11 @@ class Publisher:
             }
         )
         self._closing = threading.Event()
-        self._poller = threading.Thread(target=self._serve_reports, name="kafka-publisher", daemon=True)
-        self._poller.start()
+        # One lock for the change of clients and for giving a record to one: its reporter must know of every record.
+        self._lock = threading.Lock()
+        self._asking = threading.Lock()
+        self._reporters: list[threading.Thread] = []
+        self._use(Producer(self._configuration))
 
     async def publish(self, topic: str, key: bytes, value: bytes, headers: Headers) -> None:
         """Publish one record and wait for its acknowledgement. Raises ``KafkaUnreachable`` when there is none in time.
@@ -50,30 +97,81 @@ class Publisher:
                 acknowledged.set_exception(KafkaUnreachable(f"not acknowledged ({error.name()}).", place=topic))
 
         def report(error: Any, _message: Any) -> None:
+            if error is None or error.code() > 0:  # librdkafka's own errors are negative, others a broker's answer
+                silence.break_off()
+            else:
+                silence.prolong()
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle, error)
 
         try:
-            self._producer.produce(topic, value, key, headers=headers, on_delivery=report)
+            with self._lock:
+                silence = self._silence
+                self._producer.produce(topic, value, key, headers=headers, on_delivery=report)
         except BufferError:
+            silence.prolong()
             raise KafkaUnreachable("the send queue is full.", place=topic) from None
         except KafkaException as error:
             raise KafkaUnreachable(f"not sent ({name_error(error)}).", place=topic) from None
         await acknowledged
 
     def is_connected(self, timeout: float = 2.0) -> bool:
-        """Whether a broker answers now (readiness)."""
-        try:
-            return bool(self._producer.list_topics(timeout=timeout).brokers)
-        except KafkaException:
-            return False
+        """Whether a broker answers now (readiness). Any thread may ask."""
+        with self._asking:
+            silence = self._silence
+            try:
+                answered = bool(self._producer.list_topics(timeout=timeout).brokers)
+            except KafkaException:
+                answered = False
+        if answered:
+            silence.break_off()
+        else:
+            silence.prolong()
+        return answered
 
     def close(self, timeout: float = 5.0) -> None:
         """Wait for outstanding acknowledgements, at most ``timeout`` seconds."""
+        end = time.monotonic() + timeout
         self._producer.flush(timeout)
+        with self._lock:
+            *replaced, current = self._reporters
+        for reporter in replaced:  # ends when its client has nothing outstanding
+            reporter.join(max(0.0, end - time.monotonic()))
         self._closing.set()
-        self._poller.join(timeout)
+        current.join(timeout)
 
-    def _serve_reports(self) -> None:
+    def _use(self, producer: Producer) -> None:
+        """Publish with this client from now on; a thread of its own serves its reports."""
+        silence = _Silence(self._clock)
+        reporter = threading.Thread(
+            target=self._serve_reports, args=(producer, silence), name="kafka-publisher", daemon=True
+        )
+        with self._lock:
+            reporter.start()  # first: a client whose reports nobody serves would leave its callers waiting
+            self._producer, self._silence = producer, silence
+            self._reporters = [*(other for other in self._reporters if other.is_alive()), reporter]
+
+    def _serve_reports(self, producer: Producer, silence: _Silence) -> None:
+        """Serve a client until it is replaced and has nothing outstanding, then let go of it.
+
+        Letting go closes it, which may take as long as what it hangs in; here nobody waits for that.
+        """
         while not self._closing.is_set():
-            self._producer.poll(0.1)
+            producer.poll(0.1)
+            with self._lock:
+                is_current = producer is self._producer
+            if is_current and silence.is_too_long:
+                self._replace(silence)
+            elif not is_current and len(producer) == 0:
+                with self._asking:  # else the thread that still asks it would be the last to let go
+                    return
+
+    def _replace(self, silence: _Silence) -> None:
+        log = get_log("kafka")
+        try:
+            self._use(Producer(self._configuration))
+        except (KafkaException, RuntimeError) as error:  # no thread, or a file that cannot be read now
+            silence.break_off()  # tried again after as long
+            log.warning("client_not_replaced", client=self._client_id, error=name_error(error))
+        else:
+            log.warning("client_replaced", client=self._client_id)
