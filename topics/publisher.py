@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Producer
 
 from telemetry.log import get_log
 from topics.cluster import PRODUCER, KafkaSettings, KafkaUnreachable, name_error
@@ -28,13 +28,23 @@ class _Silence:
         self._clock = clock
         self._lock = threading.Lock()
         self._since: float | None = None
+        self._is_over = False
         self.is_too_long = False
+
+    def hear(self, error: Any) -> None:
+        """The outcome of a record: librdkafka's own errors are negative, others a broker's answer."""
+        if error is not None and is_over(error):
+            self.end()
+        elif error is None or error.code() > 0:
+            self.break_off()
+        else:
+            self.prolong()
 
     def break_off(self) -> None:
         """A broker has answered."""
         with self._lock:
             self._since = None
-            self.is_too_long = False
+            self.is_too_long = self._is_over
 
     def prolong(self) -> None:
         """A broker was asked and has not answered."""
@@ -42,14 +52,31 @@ class _Silence:
             now = self._clock()
             if self._since is None:
                 self._since = now
-            self.is_too_long = now - self._since >= SILENT_SECONDS
+            self.is_too_long = self._is_over or now - self._since >= SILENT_SECONDS
+
+    def forget(self) -> None:
+        """Begin anew, as if nothing had been heard."""
+        with self._lock:
+            self._since = None
+            self._is_over = self.is_too_long = False
+
+    def end(self) -> None:
+        """The client itself has given up, whatever brokers say."""
+        with self._lock:
+            self._is_over = self.is_too_long = True
+
+
+def is_over(error: Any) -> bool:
+    """Whether an idempotent client will never send again, for instance after the broker lost what it had written."""
+    return bool(error.fatal()) or error.code() == KafkaError._FATAL  # noqa: SLF001 - the public name of that constant
 
 
 class Publisher:
     """An idempotent producer for one asyncio loop; many publishes may be under way at once.
 
     librdkafka 2.16 was seen to lose all its brokers for good when they restarted, while a new client reached them. So a
-    client that for ``SILENT_SECONDS`` no broker has answered is replaced, which does no harm when Kafka itself is away.
+    client that for ``SILENT_SECONDS`` no broker has answered is replaced, which does no harm when Kafka itself is away;
+    one that has given up for good is replaced at once.
     What was given to the old one is still acknowledged by it, or fails when its time is over.
     """
 
@@ -97,10 +124,7 @@ class Publisher:
                 acknowledged.set_exception(KafkaUnreachable(f"not acknowledged ({error.name()}).", place=topic))
 
         def report(error: Any, _message: Any) -> None:
-            if error is None or error.code() > 0:  # librdkafka's own errors are negative, others a broker's answer
-                silence.break_off()
-            else:
-                silence.prolong()
+            silence.hear(error)
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle, error)
 
@@ -112,6 +136,8 @@ class Publisher:
             silence.prolong()
             raise KafkaUnreachable("the send queue is full.", place=topic) from None
         except KafkaException as error:
+            if is_over(error.args[0]):
+                silence.end()
             raise KafkaUnreachable(f"not sent ({name_error(error)}).", place=topic) from None
         await acknowledged
 
@@ -171,7 +197,7 @@ class Publisher:
         try:
             self._use(Producer(self._configuration))
         except (KafkaException, RuntimeError) as error:  # no thread, or a file that cannot be read now
-            silence.break_off()  # tried again after as long
+            silence.forget()  # tried again when there is reason to
             log.warning("client_not_replaced", client=self._client_id, error=name_error(error))
         else:
             log.warning("client_replaced", client=self._client_id)

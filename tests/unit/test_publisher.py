@@ -155,6 +155,10 @@ def refuse_to_list():
     raise KafkaException(KafkaError(KafkaError._TRANSPORT))
 
 
+def refuse_for_good():
+    raise KafkaException(KafkaError(KafkaError._FATAL))
+
+
 async def ask_in_vain(publisher, client):
     client.list_brokers = refuse_to_list
     assert not publisher.is_connected()
@@ -203,6 +207,26 @@ async def test_a_client_that_no_broker_answers_for_thirty_seconds_is_replaced(pu
     await settle(task)
     second.list_brokers = lambda: [1]
     assert publisher.is_connected()
+
+
+@pytest.mark.parametrize("is_refused_at_once", [True, False])
+async def test_a_client_that_has_given_up_is_replaced_at_once(publisher, world, is_refused_at_once):
+    """A fatal error of an idempotent client: brokers answer it, and it never sends again."""
+    first = world.clients[0]
+    if is_refused_at_once:
+        first.while_producing = refuse_for_good
+        with pytest.raises(KafkaUnreachable, match="_FATAL"):
+            await publisher.publish("raw.stripe", b"k", b"v", [])
+    else:
+        await fail_to_publish(publisher, first, KafkaError._FATAL)
+    first.list_brokers = lambda: [1]
+    publisher.is_connected()
+    second = await world.wait_for_client(1)
+    task = publish(publisher)
+    await second.take()
+    second.answer(b"v")
+    await settle(task)
+    assert len(world.clients) == 2
 
 
 @pytest.mark.parametrize("succeed", [publish_well, be_refused_by_the_broker, ask_well])
