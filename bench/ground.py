@@ -20,6 +20,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from bench import webhooks
 from bench.meter import Mark, Meter, read_busy
+from runtime.account import WORKER_GROUP
 from runtime.settings import ensure_secrets, read_settings
 from runtime.stack import EmbeddedStack
 from schemas.events import PatientRecord, Reference
@@ -40,8 +41,6 @@ ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remitstream"
 RAW = catalog.name_raw("stripe")
 SMALL_RAW = "bench.raw.small"
-WORKERS = "remitstream.worker"
-"""Group of the stream workers."""
 PARTITIONS = 4
 _PATIENCE = 120.0
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -139,7 +138,7 @@ class Ground:
         topic_id = self.find_topic_id(RAW)
         producer = Producer({"bootstrap.servers": self.bootstrap, "log_level": 2})
         for partition in range(PARTITIONS):
-            record = build_frontier(WORKERS, topic_id, partition, 0)
+            record = build_frontier(WORKER_GROUP, topic_id, partition, 0)
             produce(producer, record.topic, record.value, record.key, record.partition)
         if producer.flush(60):
             raise BenchBroken("frontiers could not be written")

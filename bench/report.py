@@ -44,7 +44,7 @@ def describe_machine(program: str, events: int) -> dict[str, Any]:
 
 def describe_command(program: str, arguments: Sequence[str]) -> str:
     """The command that gives these figures again; without ``--out``, which names a place on this machine."""
-    kept = list(arguments)
+    kept = [one for one in arguments if not one.startswith("--out=")]
     if "--out" in kept:
         at = kept.index("--out")
         del kept[at : at + 2]

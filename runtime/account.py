@@ -17,7 +17,7 @@ from schemas.wire import Decoder
 from topics import catalog, headers
 from topics.frontier import read_frontiers
 from topics.headers import find_header
-from topics.reading import Record, TopicReader, read_to_end
+from topics.reading import Record, TopicReader, keep_latest, read_to_end
 from topics.registry import Registry
 
 if TYPE_CHECKING:
@@ -229,13 +229,14 @@ class _Books:
     def read_open_fates(self) -> Iterator[tuple[str, str, str]]:
         """(hop, fate, reason) of what is in review or waits now; a record that waits may come into review."""
         reviews = self._scan.build_decoder("review", Review)
-        for value in self._read_latest(catalog.REVIEWS):
-            review = reviews.decode(value)
+        for record in keep_latest(self._scan.read(catalog.REVIEWS)).values():
+            review = reviews.decode(record.value or b"")
             yield review.hop, Fate.IN_REVIEW, review.reason
         entries = self._scan.build_decoder("waiting_entry", WaitingEntry)
         for source in self._settings.sources:
-            for value in self._read_latest(catalog.name_waiting(source)) if source != catalog.HL7 else ():
-                entry = entries.decode(value)
+            held = keep_latest(self._scan.read(catalog.name_waiting(source))) if source != catalog.HL7 else {}
+            for record in held.values():
+                entry = entries.decode(record.value or b"")
                 yield entry.hop, Fate.WAITING, entry.reason
 
     def balance_raw(self) -> tuple[Balance, dict[str, dict[str, int]]]:
@@ -287,15 +288,6 @@ class _Books:
             # An event may be unknown or parked before it is posted: the last outcome is the one in force.
             known[outcome.event_id] = outcome.outcome
         return outcomes
-
-    def _read_latest(self, topic: str) -> Iterator[bytes]:
-        latest: dict[bytes, bytes] = {}
-        for record in self._scan.read(topic):
-            if record.value is None:
-                latest.pop(record.key or b"", None)
-            else:
-                latest[record.key or b""] = record.value
-        yield from latest.values()
 
 
 def account(settings: Settings, since: dt.datetime | None) -> dict[str, Any]:

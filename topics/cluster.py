@@ -102,6 +102,14 @@ class KafkaSettings(Strict):
         return config | {name: value for name, value in optional.items() if value is not None}
 
 
+def reaches_broker(client: Any, topic: str | None = None, timeout: float = 2.0) -> bool:
+    """Whether a broker answers this client (consumer or producer) now; it is asked about one topic, or all."""
+    try:
+        return bool(client.list_topics(topic, timeout=timeout).brokers)
+    except KafkaException:
+        return False
+
+
 class KafkaFilesUnusable(ConfigurationError):
     """The TLS files of the connection to Kafka cannot be used."""
 

@@ -26,6 +26,7 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, To
 
 from schemas.failure import FatalError, OperatorError, TemporaryError
 from topics import catalog, frontier
+from topics.cluster import reaches_broker
 from topics.footing import Footing, Partition, PositionBroken
 from topics.lease import Lease, read_client_time, read_sleepless_time
 from topics.membership import Complaints, Fences, Membership
@@ -360,11 +361,7 @@ class GroupConsumer(Generic[R]):
         if time.monotonic() - max(self._lease.renewed_at, self._reached_at) < patience:
             return False
         self._reached_at = time.monotonic()
-        try:
-            self._consumer.list_topics(timeout=2)
-        except KafkaException:
-            pass
-        else:
+        if reaches_broker(self._consumer, self._footing.topics[0]):
             return False
         try:
             self._footing.check()

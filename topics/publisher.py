@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from telemetry.log import get_log
-from topics.cluster import PRODUCER, KafkaSettings, KafkaUnreachable, name_error
+from topics.cluster import PRODUCER, KafkaSettings, KafkaUnreachable, name_error, reaches_broker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,10 +145,7 @@ class Publisher:
         """Whether a broker answers now (readiness). Any thread may ask."""
         with self._asking:
             silence = self._silence
-            try:
-                answered = bool(self._producer.list_topics(timeout=timeout).brokers)
-            except KafkaException:
-                answered = False
+            answered = reaches_broker(self._producer, timeout=timeout)
         if answered:
             silence.break_off()
         else:

@@ -13,7 +13,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaErr
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from schemas.failure import TemporaryError
-from topics.cluster import KafkaSettings, KafkaUnreachable, describe_topic_ids, name_error
+from topics.cluster import KafkaSettings, KafkaUnreachable, describe_topic_ids, name_error, reaches_broker
 from topics.headers import Headers, read_headers
 
 if TYPE_CHECKING:
@@ -184,9 +184,7 @@ class TopicReader:
         if time.monotonic() - self._heard_at < SILENT_SECONDS:
             return
         self._heard_at = time.monotonic()
-        try:
-            self._consumer.list_topics(self.topic, timeout=2)
-        except KafkaException:
+        if not reaches_broker(self._consumer, self.topic):
             self._replace()
 
     def _replace(self) -> None:
@@ -206,6 +204,17 @@ class TopicReader:
     def _move(self, partition: int, offset: int) -> None:
         if offset > self._positions.get(partition, 0):
             self._positions[partition] = offset
+
+
+def keep_latest(records: Iterable[Record]) -> dict[bytes, Record]:
+    """Of a compacted topic the last record of each key that is not deleted."""
+    latest: dict[bytes, Record] = {}
+    for record in records:
+        if record.value is None:
+            latest.pop(record.key or b"", None)
+        else:
+            latest[record.key or b""] = record
+    return latest
 
 
 def read_to_end(

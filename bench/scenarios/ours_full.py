@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bench.scenario import Scenario
+from runtime.account import WORKER_GROUP
 from topics import catalog
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def build_command(ground: Ground, _arguments: dict[str, Any]) -> list[str]:
 SCENARIO = Scenario(
     name="full",
     title="ours: normalise + MRN + dedupe, exactly once",
-    group="remitstream.worker",
+    group=WORKER_GROUP,
     command=build_command,
     output=catalog.PAYMENTS,
     transactional=True,

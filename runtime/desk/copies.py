@@ -17,6 +17,7 @@ from streams.normalise import Normaliser
 from streams.normalised import Normalised
 from topics import catalog, headers
 from topics.headers import RawRecord, find_header
+from topics.reading import keep_latest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -53,12 +54,8 @@ def find_standing(
     """
     scan = TopicScan(office_.settings)
     entries = scan.build_decoder("waiting_entry", WaitingEntry)
-    held: dict[bytes, str] = {}
-    for record in scan.read(catalog.name_waiting(review.source)):
-        held.pop(record.key or b"", None)
-        if record.value is not None:
-            held[record.key or b""] = entries.decode(record.value).transaction_key
-    if review.transaction_key in held.values():
+    held = keep_latest(scan.read(catalog.name_waiting(review.source))).values()
+    if any(entries.decode(record.value or b"").transaction_key == review.transaction_key for record in held):
         return Standing(WAITING)
     if review.event_id in read_reviewed():
         return Standing(IN_REVIEW)

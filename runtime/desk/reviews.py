@@ -26,7 +26,7 @@ from runtime.desk.office import ActRefused, NothingFound, Office
 from schemas.events import Disposition, Fate, Review
 from schemas.wire import Encoder
 from topics import catalog, headers
-from topics.reading import Record, read_to_end
+from topics.reading import Record, keep_latest, read_to_end
 from topics.transaction import Output
 
 if TYPE_CHECKING:
@@ -84,14 +84,10 @@ def read_questions(office_: Office, *, reason: str = "", facility: str = "") -> 
     """Every open review, oldest first."""
     scan = TopicScan(office_.settings)
     decoder = scan.build_decoder("review", Review)
-    latest: dict[str, Record] = {}
-    for record in scan.read(catalog.REVIEWS):
-        key = (record.key or b"").decode()
-        if record.value is None:
-            latest.pop(key, None)
-        else:
-            latest[key] = record
-    found = [Question(key, record.partition, decoder.decode(record.value or b"")) for key, record in latest.items()]
+    found = [
+        Question(key.decode(), record.partition, decoder.decode(record.value or b""))
+        for key, record in keep_latest(scan.read(catalog.REVIEWS)).items()
+    ]
     chosen = [
         question
         for question in found

@@ -291,8 +291,9 @@ def test_a_report_is_read_as_it_was_written_and_a_broken_one_is_none(tmp_path):
     assert read_report(path) == {}
 
 
-def test_a_report_names_no_place_of_its_machine():
-    command = describe_command("bench.posting", ["--events", "3000", "--out", "/somewhere/else.json", "--no-entity"])
+@pytest.mark.parametrize("out", [["--out", "/somewhere/else.json"], ["--out=/somewhere/else.json"]])
+def test_a_report_names_no_place_of_its_machine(out):
+    command = describe_command("bench.posting", ["--events", "3000", *out, "--no-entity"])
     assert command == "python -m bench.posting --events 3000 --no-entity"
 
 

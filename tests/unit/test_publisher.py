@@ -91,8 +91,8 @@ class World:
             def flush(self, timeout):
                 del timeout
 
-            def list_topics(self, timeout):
-                del timeout
+            def list_topics(self, topic, timeout):
+                del topic, timeout
                 return SimpleNamespace(brokers=self.client.list_brokers())
 
             def __len__(self):
