@@ -11,7 +11,9 @@ import json
 import signal
 import sys
 
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import TopicPartition
+
+from bench.programs.clients import open_clients
 
 
 def main() -> None:
@@ -19,30 +21,11 @@ def main() -> None:
     arguments = json.loads(sys.argv[1])
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-    consumer = Consumer(
-        {
-            "bootstrap.servers": arguments["bootstrap"],
-            "group.id": arguments["group"],
-            "auto.offset.reset": "earliest",
-            "enable.auto.commit": False,
-            "isolation.level": "read_committed",
-            "fetch.wait.max.ms": 20,
-            "fetch.queue.backoff.ms": 10,
-            "queued.max.messages.kbytes": 32_768,
-        }
+    consumer, producer = open_clients(
+        arguments,
+        {"fetch.queue.backoff.ms": 10, "queued.max.messages.kbytes": 32_768},
+        {"queue.buffering.max.messages": 500_000},
     )
-    producer = Producer(
-        {
-            "bootstrap.servers": arguments["bootstrap"],
-            "transactional.id": arguments["group"],
-            "linger.ms": 5,
-            "compression.type": "lz4",
-            "partitioner": "murmur2_random",
-            "queue.buffering.max.messages": 500_000,
-        }
-    )
-    producer.init_transactions(30)
-    consumer.subscribe([arguments["raw"]])
     output, batch = arguments["output"], arguments["batch"]
     value = bytes.fromhex(arguments["value"])
     headers = [(name, bytes.fromhex(text)) for name, text in arguments["headers"]]

@@ -6,7 +6,9 @@ import json
 import signal
 import sys
 
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import TopicPartition
+
+from bench.programs.clients import open_clients
 
 BATCH = 2000
 
@@ -16,27 +18,7 @@ def main() -> None:
     arguments = json.loads(sys.argv[1])
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-    consumer = Consumer(
-        {
-            "bootstrap.servers": arguments["bootstrap"],
-            "group.id": arguments["group"],
-            "auto.offset.reset": "earliest",
-            "enable.auto.commit": False,
-            "isolation.level": "read_committed",
-            "fetch.wait.max.ms": 20,
-        }
-    )
-    producer = Producer(
-        {
-            "bootstrap.servers": arguments["bootstrap"],
-            "transactional.id": arguments["group"],
-            "linger.ms": 5,
-            "compression.type": "lz4",
-            "partitioner": "murmur2_random",
-        }
-    )
-    producer.init_transactions(30)
-    consumer.subscribe([arguments["raw"]])
+    consumer, producer = open_clients(arguments)
     while not stopped:
         first = consumer.poll(0.1)
         if first is None:

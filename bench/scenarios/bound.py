@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from bench.environments import PROGRAMS
 from bench.outputs import build_constant
 from bench.scenario import Scenario, dump_arguments
 from topics import catalog
@@ -37,7 +36,7 @@ def start(ground: Ground, arguments: dict[str, Any], changelogs: dict[str, int])
     value, headers = build_constant(ground.traffic, ground.mapping_version, arguments["schema_id"])
     written = {"value": value.hex(), "headers": [(name, text.hex()) for name, text in headers]}
     program = dump_arguments(arguments | written | {"batch": BATCH, "changelogs": changelogs})
-    return [sys.executable, str(PROGRAMS / "bound.py"), program]
+    return [sys.executable, "-m", "bench.programs.bound", program]
 
 
 SCENARIO = Scenario(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from bench.environments import PROGRAMS
 from bench.scenario import Scenario, dump_arguments
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 def build_command(_ground: Ground, arguments: dict[str, Any]) -> list[str]:
     """The program in our environment."""
-    return [sys.executable, str(PROGRAMS / "passthrough.py"), dump_arguments(arguments)]
+    return [sys.executable, "-m", "bench.programs.passthrough", dump_arguments(arguments)]
 
 
 SCENARIO = Scenario(
